@@ -1,0 +1,45 @@
+# Every target makes what it needs: `make demo` and `make test` work on a fresh clone with Python 3.11 and pip.
+# PYTHON=/path/to/python picks the interpreter, WORKERS=n the number of test processes.
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= 2
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check bench fmt clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## quantize the tiny language model of examples/tinylm and show what it costs
+	@JAX_PLATFORMS=cpu $(BIN)/python examples/tinylm/demo.py
+
+test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or thirdparty")
+	@$(BIN)/python -m pytest -n $(WORKERS) -q
+
+lint: $(READY)  ## format, lint and types, without changing a file
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test  ## what must be green before a commit
+
+bench: $(READY)  ## the tables of docs/ and README.md
+	@$(BIN)/python -m benchmarks.run
+
+fmt: $(READY)  ## format, and mend what the linter can mend
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix --quiet .
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is older than pyproject.toml when the dependencies may have changed.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("jqopt needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; write: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11")'
+	@echo "making $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(READY)

@@ -1,0 +1,44 @@
+"""jqopt: declarative quantization for JAX. Recipes in YAML, plans as data, packed weights under jax.jit."""
+
+from jqopt import algorithms, formats
+from jqopt._apply import apply
+from jqopt._calibrate import calibrate
+from jqopt._model import plan, quantize_model, trace
+from jqopt._qtensor import QTensor
+from jqopt._quantize import quantize
+from jqopt._recipe import list_recipes, load_recipe
+from jqopt.errors import (
+    CalibrationError,
+    CheckpointError,
+    JqoptError,
+    PlanError,
+    RecipeError,
+    TraceError,
+    UnsupportedError,
+)
+from jqopt.frontends import linen, nnx
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "JqoptError",
+    "PlanError",
+    "QTensor",
+    "RecipeError",
+    "TraceError",
+    "UnsupportedError",
+    "algorithms",
+    "apply",
+    "calibrate",
+    "formats",
+    "linen",
+    "list_recipes",
+    "load_recipe",
+    "nnx",
+    "plan",
+    "quantize",
+    "quantize_model",
+    "trace",
+]

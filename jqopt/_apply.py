@@ -1,0 +1,402 @@
+"""Running a plan: the model's jaxpr, re-evaluated with packed weights and quantized activations at its sites."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqopt import _jaxpr, _ops, _trace, _view
+from jqopt._jaxpr import Address, QConcat, QView, State
+from jqopt._plan import Decision, Plan
+from jqopt._qtensor import Layout, QTensor
+from jqopt._trace import Site
+from jqopt._view import Atom, View
+from jqopt.errors import PlanError
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A parameter tree in which QTensors stand where quantized arrays stood. A pytree: jit, shard and save it."""
+
+    params: Any
+
+
+def is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+def apply(plan: Plan, *, simulate: bool = False, backend: str | None = None) -> Callable[..., Any]:
+    """`apply(plan)(quant, *inputs, **kwargs)` runs the quantized model. Pure: jit, grad, vmap and shard it.
+
+    Args:
+        simulate: float32 quantize-dequantize arithmetic at every site instead of packed kernels; both agree up to
+            the order of accumulation.
+        backend: name of one kernel of `jqopt_kernels`, instead of the best for the shapes and the device.
+
+    The model is traced again for each new set of shapes, inside the jit cache; the plan stays. Arguments that are not
+    arrays (a method's name, `train=True`) are static. Gradients go straight through the quantizers.
+
+    Raises:
+        PlanError: the plan has no model, the tree isn't the one the plan was made for, or the model at these
+            shapes has a site that the plan doesn't know.
+    """
+    if plan.function is None:
+        raise PlanError("this plan was read from a file and has no model; load it with jqopt.load(dir, model)")
+    return Static(functools.partial(_run, plan, simulate, backend))
+
+
+class Static:
+    """Splits arguments into arrays, which are traced, and everything else, which is static; jits the rest."""
+
+    def __init__(self, run: Callable[..., Any]):
+        self.run = run
+        self.jitted: dict[Any, Callable] = {}
+
+    def __call__(self, quant: Any, *inputs: Any, **kwargs: Any) -> Any:
+        arrays, rebuild, key = _trace.split_static((inputs, kwargs))
+        if key not in self.jitted:
+            self.jitted[key] = jax.jit(functools.partial(self._call, rebuild))
+        return self.jitted[key](quant, arrays)
+
+    def _call(self, rebuild: Callable, quant: Any, arrays: list) -> Any:
+        return self.run(quant, *rebuild(arrays))
+
+
+def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tuple, kwargs: dict) -> Any:
+    params = quant.params if isinstance(quant, Quantized) else quant
+    leaves = check_params(plan, params)
+    shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
+    closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
+    rule = Executor(plan, decided_sites(plan, closed, views), simulate, backend)
+    values = [
+        QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
+        for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
+    ]
+    outs, _ = _jaxpr.evaluate(closed, [*values, *_trace.split_static((inputs, kwargs))[0]], rule, {})
+    return jax.tree.unflatten(jax.tree.structure(out), [_jaxpr.dense(o) for o in outs])
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype) if isinstance(leaf, QTensor) else leaf.dtype)
+
+
+def check_params(plan: Plan, params: Any) -> list:
+    """The leaves of a quantized tree, checked against the plan; the message names the parameter that differs."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    paths = {p: leaf for key, leaf in flat if (p := plan.function.path_of(key)) is not None}
+    check_paths(plan, paths)
+    done = plan.quantized
+    for path, leaf in paths.items():
+        wanted = done.get(path)
+        if wanted is not None and not isinstance(leaf, QTensor):
+            raise PlanError(
+                f"{path}: found a plain {leaf.dtype} array, but the plan quantizes it to {wanted.format.name}. "
+                "Pass the tree that jqopt.quantize(plan, params, stats) returned."
+            )
+        if wanted is None and isinstance(leaf, QTensor):
+            raise PlanError(f"{path}: found a {leaf.format.name} tensor, but the plan leaves this parameter alone.")
+        if wanted is not None and leaf.format != wanted.format:
+            raise PlanError(f"{path}: found {leaf.format.name}, but the plan quantizes it to {wanted.format.name}.")
+    return [leaf for _, leaf in flat]
+
+
+def check_paths(plan: Plan, found: Mapping[str, Any]) -> None:
+    """A tree of parameters must have the plan's paths and shapes.
+
+    Raises:
+        PlanError: naming what is missing, unexpected, or of another shape.
+    """
+    missing, extra = sorted(set(plan.parameters) - set(found)), sorted(set(found) - set(plan.parameters))
+    if missing or extra:
+        raise PlanError(
+            f"these parameters aren't those the plan was made for. Missing: {missing[:6] or 'none'}; unexpected: "
+            f"{extra[:6] or 'none'}. Pass the tree that was traced, or trace and plan again."
+        )
+    for path, leaf in found.items():
+        if tuple(leaf.shape) != plan.parameters[path].shape:
+            raise PlanError(
+                f"{path}: found shape {tuple(leaf.shape)}, but the plan was made for {plan.parameters[path].shape}. "
+                "Pass the tree that was traced, or trace and plan again."
+            )
+
+
+def decided_sites(plan: Plan, closed: Any, views: Sequence[View | None]) -> list[tuple[Site, Decision]]:
+    """The quantized sites of this jaxpr with their decisions."""
+    sites, _ = _trace.walk(closed, views, {})
+    known = plan.by_key
+    for s in sites:
+        if s.path is not None and s.key not in known:
+            raise PlanError(
+                f"site {s.key} ({s.op}) appeared that the plan doesn't know: the model runs differently at these "
+                "inputs than at those it was traced with. Trace with inputs (and keywords) like the ones you run."
+            )
+    done = plan.quantized
+    return [(s, known[s.key]) for s in sites if s.path in done and s.reason is None and s.key in known]
+
+
+class Sited:
+    """What the evaluator asks about addresses, from the sites that matter."""
+
+    def __init__(self, sites: Sequence[tuple[Site, Decision]]):
+        self.at: dict[Address, list[tuple[Site, Decision]]] = {}
+        self.below: dict[Address, list[Site]] = {}
+        for site, decision in sites:
+            self.at.setdefault(site.address, []).append((site, decision))
+            for n in range(1, len(site.address)):
+                self.below.setdefault(site.address[:n], []).append(site)
+
+    def is_site(self, address: Address) -> bool:
+        return address in self.at
+
+    def sites_below(self, address: Address) -> bool:
+        return address in self.below
+
+    def state_below(self, address: Address) -> frozenset[str]:
+        return frozenset(s.path for s in self.below.get(address, ()) if s.path is not None)
+
+    def stacked_at(self, address: Address) -> frozenset[str]:
+        below = self.below.get(address, ())
+        return frozenset(s.path for s in below if s.path is not None and address in s.scans)
+
+
+class Executor(Sited):
+    """The quantizing rule: at a site with a packed weight, run the quantized op."""
+
+    def __init__(self, plan: Plan, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
+        super().__init__(sites)
+        self.simulate, self.backend = simulate, backend
+
+    def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
+        found = self.at[address]
+        site = found[0][0]
+        weight = values[site.operand]
+        if isinstance(weight, QConcat):
+            return [self._joined(eqn, values, found, weight)], state
+        if not isinstance(weight, QView):
+            return _jaxpr.bind(eqn, values), state
+        run = OPS[site.op]
+        return [run(self, eqn, values, site, found[0][1], eqn.outvars[0].aval)], state
+
+    def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
+        """A dot with concatenated weights: one dot for each part, concatenated along the output axis."""
+        by_part = {site.part: (site, d) for site, d in found}
+        site = found[0][0]
+        out, axis = eqn.outvars[0].aval, _output_axis(eqn, site.operand, weight.axis)
+        pieces = []
+        for i, part in enumerate(weight.parts):
+            width = (part.view if isinstance(part, QView) else part).shape[weight.axis]
+            shape = (*out.shape[:axis], width, *out.shape[axis + 1 :])
+            aval = jax.ShapeDtypeStruct(shape, out.dtype)
+            operands = list(values)
+            operands[site.operand] = part
+            if isinstance(part, QView) and i in by_part:
+                pieces.append(_dot(self, eqn, operands, *by_part[i], aval))
+            else:
+                pieces.append(_jaxpr.bind(eqn, operands)[0])
+        return jax.lax.concatenate(pieces, axis)
+
+
+def _output_axis(eqn: Any, side: int, axis: int) -> int:
+    """Where a free axis of one operand of a dot_general lands in its output."""
+    contract, batch = eqn.params["dimension_numbers"]
+    free = [
+        [d for d in range(v.aval.ndim) if d not in (*contract[i], *batch[i])] for i, v in enumerate(eqn.invars[:2])
+    ]
+    return len(batch[0]) + (len(free[0]) if side else 0) + free[side].index(axis)
+
+
+# -------------------------------------------------------------------------------------------------- ops
+
+
+def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """A dot_general with a packed operand: packed if its layout can serve this contraction, else decoded."""
+    side = site.operand
+    x, weight = values[1 - side], values[side]
+    contract, batch = (tuple(map(int, dims[side])) for dims in eqn.params["dimension_numbers"])
+    match = _match(weight, batch, contract)
+    if match is None:
+        return _decoded(rule, eqn, values, site, decision, out)
+    x_contract, x_batch = (tuple(map(int, dims[1 - side])) for dims in eqn.params["dimension_numbers"])
+    free = [i for i in range(x.ndim) if i not in (*x_contract, *x_batch)]
+    free_shape = [x.shape[i] for i in free]
+    fine = x.transpose([*x_batch, *free, *x_contract])
+    fine = fine.reshape([*_sizes(match.batch), *free_shape, *_sizes(match.contract)])
+    b, f = len(match.batch), len(free)
+    order = [match.batch.index(a) for a in match.stack]
+    order += [*range(b, b + f), *(b + f + match.contract.index(a) for a in match.cols)]
+    lead = match.tensor.data.shape[:-2]
+    rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
+    got = _ops.matmul(rows, match.tensor, decision.input_format, simulate=rule.simulate, backend=rule.backend)
+    got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
+    back = [match.stack.index(a) for a in match.batch]
+    mine, theirs = [b + f + match.rows.index(a) for a in match.free], list(range(b, b + f))
+    back += [*theirs, *mine] if side == 1 else [*mine, *theirs]
+    return got.transpose(back).reshape(out.shape).astype(out.dtype)
+
+
+def _sizes(atoms: Sequence[Atom]) -> list[int]:
+    return [a.size for a in atoms]
+
+
+class _Match(NamedTuple):
+    """How an operand's axes and the packed layout meet, in atoms fine enough for both.
+
+    `stack`, `rows`, `cols` in the order of the packed data; `batch`, `free`, `contract` in the operand's order.
+    """
+
+    tensor: QTensor
+    stack: list[Atom]
+    rows: list[Atom]
+    cols: list[Atom]
+    batch: list[Atom]
+    free: list[Atom]
+    contract: list[Atom]
+
+
+def layout_atoms(layout: Layout) -> tuple[Atom, ...]:
+    """The atoms of a packed layout as views write them."""
+    out = []
+    for axis, indices in enumerate(layout.axes()):
+        sizes = [layout.atoms[i] for i in indices]
+        out += [Atom(axis, math.prod(sizes[j + 1 :]), n, 0, n) for j, n in enumerate(sizes)]
+    return tuple(out)
+
+
+def _match(weight: QView, batch: Sequence[int], contract: Sequence[int]) -> _Match | None:
+    """None if the packed layout can't serve this contraction (it contracts other axes, or part of one)."""
+    view, tensor = weight.view, weight.tensor
+    atoms = layout_atoms(tensor.layout)
+    refined = _view.common_refinement(atoms, view.atoms())
+    if refined is None or tensor.layout.shape != view.origin:
+        return None
+
+    def fine(found: Iterable[Atom]) -> list[Atom]:
+        return [p for a in found for p in (refined[a.whole] if a.is_whole else (a,))]
+
+    roles = (tensor.layout.stack, tensor.layout.rows, tensor.layout.cols)
+    stack, rows, cols = ([atoms[i] for i in part] for part in roles)
+    free = [d for d in range(len(view.shape)) if d not in (*contract, *batch)]
+    want_batch, want_free, want_contract = (fine(a for d in dims for a in view.axes[d]) for dims in (batch, free, contract))
+    scanned = set(fine(view.scanned)) | set(view.scanned)
+    left = [a for a in stack if a not in scanned and not (fine([a]) and set(fine([a])) <= scanned)]
+    fixed = {a.whole: a.start for a in view.fixed}
+    if not set(fixed) <= set(left) or set(fine(cols)) != set(want_contract):
+        return None
+    if set(fine(a for a in left if a not in fixed)) != set(want_batch):
+        return None
+    for i in reversed([i for i, a in enumerate(left) if a in fixed]):
+        tensor = _pick(tensor, i, fixed[left[i]])
+    cut = {a.whole: a for a in want_free if not a.is_whole}
+    fine_rows = fine(rows)
+    if cut:
+        if not set(cut) <= set(fine_rows):
+            return None
+        sliced = _cut_rows(tensor, fine_rows, cut)
+        if sliced is None:
+            return None
+        tensor, fine_rows = sliced, [cut.get(a, a) for a in fine_rows]
+    if set(fine_rows) != set(want_free):
+        return None
+    kept = fine(a for a in left if a not in fixed)
+    return _Match(tensor, kept, fine_rows, fine(cols), want_batch, want_free, want_contract)
+
+
+def _pick(tensor: QTensor, axis: int, index: int) -> QTensor:
+    """Position `index` of one of the leading stack axes of every leaf that has it."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.index_in_dim(leaf, index, axis, keepdims=False) if leaf.ndim > axis else leaf, tensor
+    )
+
+
+def _cut_rows(tensor: QTensor, rows: Sequence[Atom], cut: Mapping[Atom, Atom]) -> QTensor | None:
+    """Some of the rows of a packed matrix; None if a scale belongs to rows on both sides of a cut."""
+    n = tensor.data.shape[-2]
+
+    def slice_rows(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None or leaf.shape[-2] == 1 != n:
+            return leaf
+        lead, last = leaf.shape[:-2], leaf.shape[-1]
+        out = leaf.reshape(*lead, *_sizes(rows), last)
+        for i, atom in enumerate(rows):
+            if atom in cut:
+                used = cut[atom]
+                out = jax.lax.slice_in_dim(out, used.start, used.start + used.size, axis=len(lead) + i)
+        return out.reshape(*lead, -1, last)
+
+    if tensor.scale.shape[-2] not in (1, n):
+        return None
+    fields = {name: slice_rows(getattr(tensor, name)) for name in ("data", "scale", "zero_point")}
+    return tensor.replace(**fields)
+
+
+def _decoded(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """The op itself on the decoded weight; the activation is quantized along its contracted axes."""
+    side = site.operand
+    operands = [_jaxpr.dense(v) for v in values]
+    axes = tuple(map(int, eqn.params["dimension_numbers"][0][1 - side]))
+    operands[1 - side] = _input(operands[1 - side], axes, decision, values[side])
+    return _jaxpr.bind(eqn, operands)[0]
+
+
+def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -> jax.Array:
+    """Quantize-dequantize of activations along `axes`, in their own shape and dtype."""
+    spec = decision.input_format
+    if spec is None:
+        return x
+    scale = weight.tensor.input_scale if spec.static else None
+    for atom in weight.view.fixed if scale is not None and scale.ndim else ():
+        scale = scale[atom.start]
+    keep = [i for i in range(x.ndim) if i not in axes]
+    order = [*keep, *axes]
+    moved = x.transpose(order)
+    flat = moved.reshape(*moved.shape[: len(keep)], -1)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return _ops.quantize_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
+
+
+def _conv(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """A convolution with the decoded kernel; activations are quantized along their feature axis."""
+    x, weight = values
+    feature = eqn.params["dimension_numbers"].lhs_spec[1]
+    return _jaxpr.bind(eqn, [_input(x, (feature,), decision, weight), weight.dense()])[0]
+
+
+def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """A ragged dot with decoded expert weights."""
+    x, weight, *rest = values
+    x = _input(x, (x.ndim - 1,), decision, weight)
+    return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
+
+
+def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """A table lookup that decodes only the rows it picks."""
+    table, indices = values
+    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    match = _match(table, (), tuple(range(1, len(table.shape) if isinstance(table, jax.Array) else len(table.view.shape))))
+    trailing = tuple(range(out.ndim - len(numbers.offset_dims), out.ndim))
+    if match is None or match.cols != match.contract or match.rows != match.free or numbers.offset_dims != trailing:
+        return _jaxpr.bind(eqn, values)[0]
+    index = indices[..., 0]
+    rows = _ops.qtake(match.tensor, index).reshape(out.shape).astype(out.dtype)
+    if "fill" not in str(mode).lower():
+        return rows
+    fill = eqn.params["fill_value"]
+    fill = jnp.nan if fill is None else fill
+    valid = (index >= 0) & (index < table.view.shape[0])
+    return jnp.where(valid.reshape(*valid.shape, *([1] * len(trailing))), rows, jnp.asarray(fill, out.dtype))
+
+
+OPS: Mapping[str, Callable[..., jax.Array]] = {
+    "dot_general": _dot,
+    "conv": _conv,
+    "ragged_dot": _ragged,
+    "gather": _gather,
+}

@@ -1,0 +1,166 @@
+"""Calibration: one jitted pass over the batches that gathers what the plan's algorithms need."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqopt import _jaxpr, _trace, algorithms
+from jqopt._apply import Sited, check_paths, decided_sites
+from jqopt._jaxpr import Address, State
+from jqopt._plan import Decision, Plan
+from jqopt._trace import Site
+from jqopt.algorithms import Algorithm
+from jqopt.errors import CalibrationError
+
+Stats = dict[str, Any]
+"""Statistics by parameter path: a pytree of arrays, with the stacked layers' axes first. Save it, merge it, plot it."""
+
+
+def algorithm_of(decision: Decision) -> Algorithm:
+    """The algorithm that solves a site."""
+    spec = decision.algorithm[-1]
+    return algorithms.get(spec.name, **spec.options)
+
+
+def initial(plan: Plan) -> Stats:
+    """Statistics before any data."""
+    return {path: _initial(plan.quantized[path]) for path in plan.needs_data}
+
+
+def _initial(d: Decision) -> Any:
+    assert d.layout is not None, d.key
+    state = algorithm_of(d).init(d.layout.k)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*d.outer, *x.shape)), state)
+
+
+class Observer(Sited):
+    """The observing rule: at each site, update the statistics of its activation, then run the op as it stands."""
+
+    def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
+        for site, decision in self.at[address]:
+            assert site.path is not None, site.key
+            x = _matrix(values[1 - site.operand], eqn, site)
+            update = functools.partial(algorithm_of(decision).update, x=x)
+            index = tuple(a.start for a in site.view.fixed) if site.view is not None else ()
+            state = {**state, site.path: _update_at(state[site.path], index, update)}
+        return _jaxpr.bind(eqn, values), state
+
+
+def _update_at(state: Any, index: tuple[int, ...], update: Callable[[Any], Any]) -> Any:
+    if not index:
+        return update(state)
+    after = update(jax.tree.map(lambda s: s[index], state))
+    return jax.tree.map(lambda s, a: s.at[index].set(a), state, after)
+
+
+def _matrix(x: jax.Array, eqn: Any, site: Site) -> jax.Array:
+    """The activation as [tokens, k], contracted axes last."""
+    if site.op == "dot_general":
+        axes = list(map(int, eqn.params["dimension_numbers"][0][1 - site.operand]))
+    elif site.op == "conv":
+        axes = [eqn.params["dimension_numbers"].lhs_spec[1]]
+    else:
+        axes = [x.ndim - 1]
+    keep = [i for i in range(x.ndim) if i not in axes]
+    moved = x.transpose([*keep, *axes])
+    return moved.reshape(-1, int(np.prod([x.shape[i] for i in axes])))
+
+
+def calibrate(
+    plan: Plan,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    stats: Stats | None = None,
+    progress: Callable[[int], Any] | None = None,
+    **kwargs: Any,
+) -> Stats:
+    """Runs the float model over the batches and gathers statistics of activations.
+
+    Args:
+        params: the tree the plan was made for.
+        batches: an iterable of inputs, each an array, a tuple of positional inputs, or a dict of keyword inputs.
+        stats: statistics of earlier batches, to go on from. Any split into batches gives the same result.
+        progress: called with each finished batch's number, e.g. to move a progress bar.
+        kwargs: keywords for every call of the model (`train=False`).
+
+    Raises:
+        CalibrationError: no batches, a site that no data reached, or NaN or inf at a site (which it names).
+        PlanError: params aren't those of the plan.
+    """
+    stats = initial(plan) if stats is None else stats
+    if not plan.needs_data:
+        return stats
+    _check(plan, params)
+    steps: dict[Any, Callable] = {}
+    n = 0
+    for n, batch in enumerate(batches, 1):
+        arrays, rebuild, key = _trace.split_static(as_call(batch, kwargs))
+        if key not in steps:
+            steps[key] = jax.jit(functools.partial(_step, plan, rebuild), donate_argnums=(0,))
+        stats = steps[key](stats, params, arrays)
+        if progress is not None:
+            progress(n)
+    if n == 0:
+        raise CalibrationError(
+            "calibrate got no batches: the iterable is empty (a generator that was already used up?). "
+            f"Sites that wait for data: {', '.join(list(plan.needs_data)[:6])}"
+        )
+    check_stats(plan, stats)
+    return stats
+
+
+def as_call(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
+    """(args, kwargs) of one batch: an array, a tuple or list of inputs, or a dict of keywords."""
+    if isinstance(batch, dict):
+        return (), {**batch, **kwargs}
+    if isinstance(batch, tuple | list):
+        return tuple(batch), dict(kwargs)
+    return (batch,), dict(kwargs)
+
+
+def _check(plan: Plan, params: Any) -> None:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    check_paths(plan, {p: leaf for key, leaf in flat if (p := plan.function.path_of(key)) is not None})
+
+
+def _step(plan: Plan, rebuild: Callable, stats: Stats, params: Any, arrays: list) -> Stats:
+    inputs, kwargs = rebuild(arrays)
+    closed, _, views = _trace.stage(plan.function, params, inputs, kwargs)
+    wanted = set(plan.needs_data)
+    sites = [(s, d) for s, d in decided_sites(plan, closed, views) if s.path in wanted and s.op != "gather"]
+    leaves = [*jax.tree.leaves(params), *arrays]
+    _, after = _jaxpr.evaluate(closed, leaves, Observer(sites), stats)
+    return after
+
+
+def check_stats(plan: Plan, stats: Mapping[str, Any]) -> None:
+    """Every site that needs data must have seen some, all of it finite.
+
+    Raises:
+        CalibrationError: naming the sites.
+    """
+    host = jax.device_get({p: (stats[p].seen, stats[p].amax) for p in plan.needs_data if p in stats})
+    missing = [p for p in plan.needs_data if p not in host]
+    dead = [p for p, (seen, _) in host.items() if not np.all(seen > 0)]
+    if missing or dead:
+        names = ", ".join(_layers(p, host[p][0] > 0) if p in host else p for p in (*missing, *dead))
+        raise CalibrationError(
+            f"no data reached these sites: {names}. A branch that the batches never take? Calibrate with data that "
+            "takes it, or write `input: {scaling: dynamic}` or `keep: true` for them."
+        )
+    bad = [p for p, (_, amax) in host.items() if not np.all(np.isfinite(amax))]
+    if bad:
+        names = ", ".join(_layers(p, np.isfinite(host[p][1])) for p in bad)
+        raise CalibrationError(f"the activations at these sites hold NaN or inf: {names}. Look at the batches.")
+
+
+def _layers(path: str, good: np.ndarray) -> str:
+    """The path, with the layers that are concerned if it is stacked."""
+    return path if good.ndim == 0 else f"{path} (layers {np.argwhere(~good).squeeze(-1).tolist()})"

@@ -1,0 +1,410 @@
+"""The bits: encode, decode and pack codes, and find the scales of a matrix [..., n, k] (k contracted, last).
+
+Every function is elementwise or a reduction, so XLA fuses it, and gives the same bits eagerly, under jit, vmap and
+scan, and on every device. Three rules keep it so: no division by a constant or a broadcast value except through
+`divide`; powers of two are made from their exponent bits; a number below `TINY` counts as zero (XLA's CPU backend
+flushes subnormals, so they are never relied upon).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jqopt.errors import UnsupportedError
+from jqopt.formats import E4M3, Element, Format, ceil_div
+
+# Scales below this are taken for zero: 2^-117 * 2^-9 (the smallest e4m3) is the smallest normal float32.
+TINY = 2.0**-117
+_SIGN, _MAGNITUDE, _SMALLEST_NORMAL = 0x80000000, 0x7FFFFFFF, 0x00800000
+
+
+class Codes(NamedTuple):
+    """A quantized matrix: packed codes [..., n, bytes], scales [..., rows, cols], and what else the format has."""
+
+    data: Array
+    scale: Array
+    global_scale: Array | None = None
+    zero_point: Array | None = None
+
+
+def divide(x: Array, y: Array | float) -> Array:
+    """x / y in float32, correctly rounded (IEEE 754).
+
+    XLA turns `x / constant` and `x / broadcast(s)` into a product with the reciprocal, which differs in a third of all
+    results; a divisor that depends on x (only formally: x != x is false) keeps the division.
+    """
+    return x / jnp.where(x != x, 1.0, y)
+
+
+# Elements: one code for one value -----------------------------------------------------------------------------------
+
+
+def encode(x: Array, element: Element) -> Array:
+    """Codes of x, rounded to nearest, ties to even, saturating: uint8, or int8 for signed integers; not packed.
+
+    Not finite: inf saturates; NaN has no code (floats give the largest, integers are undefined).
+    """
+    if element.kind == "int":
+        codes = jnp.clip(jnp.round(x), element.min, element.max)
+        return codes.astype(jnp.int8 if element.min < 0 else jnp.uint8)
+    if element.kind == "table":
+        return _count_above(x, element)
+    return _encode_float(x, element)
+
+
+def decode(codes: Array, element: Element) -> Array:
+    """float32 values of codes (exact); the inverse of `encode`, for packed-out codes too (a nibble is sign-extended)."""
+    if element.kind == "int":
+        if element.min < 0 and element.bits < 8:
+            half = 1 << (element.bits - 1)
+            codes = ((codes.astype(jnp.int32) & (2 * half - 1)) ^ half) - half
+        return codes.astype(jnp.float32)
+    if element.kind == "table":
+        return _select(codes, element.table)
+    return _decode_float(codes, element)
+
+
+def round_to(x: Array, element: Element) -> Array:
+    """decode(encode(x)), bit for bit, without going through the codes."""
+    if element.kind == "int":
+        return jnp.clip(jnp.round(x), element.min, element.max).astype(jnp.int32).astype(jnp.float32)
+    if element.kind == "table":
+        return _select(_count_above(x, element), element.table)
+    sign, exponent, steps = _round_steps(x, element)
+    magnitude = steps * _from_bits((exponent - element.mantissa_bits) << 23)
+    return _from_bits(_to_bits(magnitude) | sign)
+
+
+def _to_bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+
+
+def _from_bits(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _round_steps(x: Array, element: Element) -> tuple[Array, Array, Array]:
+    """Sign bit, float32 exponent field of the value's binade, and |x| as a whole number of the binade's steps."""
+    bits = _to_bits(x)
+    largest = int(np.float32(element.max).view(np.uint32))
+    magnitude = jnp.minimum(bits & _MAGNITUDE, largest)
+    exponent = jnp.maximum(magnitude >> 23, 128 - element.bias)
+    inv_step = _from_bits((254 + element.mantissa_bits - exponent) << 23)
+    steps = jnp.round(_from_bits(magnitude) * inv_step)
+    sign = bits & np.uint32(_SIGN)
+    if not element.signed_zero:
+        sign = jnp.where(magnitude < _SMALLEST_NORMAL, 0, sign)
+    return sign, exponent, steps
+
+
+def _encode_float(x: Array, element: Element) -> Array:
+    sign, exponent, steps = _round_steps(x, element)
+    binade = (exponent - (128 - element.bias)) << element.mantissa_bits
+    return (binade + steps.astype(jnp.uint32) | sign >> (32 - element.bits)).astype(jnp.uint8)
+
+
+def _decode_float(codes: Array, element: Element) -> Array:
+    # A code laid into a float16 has the right mantissa, and an exponent that is off by a constant (exact, even for
+    # subnormal codes; the same in bfloat16 or float32 would rely on subnormals that XLA flushes on CPUs).
+    code = codes.astype(jnp.uint16)
+    magnitude = code & (2 ** (element.bits - 1) - 1)
+    sign = (code >> (element.bits - 1)) << 15
+    half = lax.bitcast_convert_type(sign | magnitude << (10 - element.mantissa_bits), jnp.float16)
+    value = half.astype(jnp.float32) * 2.0 ** (15 - element.bias)
+    if element == E4M3:  # the one float of ours whose NaN looks like a number in float16
+        return jnp.where(magnitude == 0x7F, jnp.nan, value)
+    return value
+
+
+def _count_above(x: Array, element: Element) -> Array:
+    """Index of the nearest table entry; a value at the midpoint takes the lower one."""
+    middles = [(a + b) / 2 for a, b in zip(element.table, element.table[1:], strict=False)]
+    return sum((x > np.float32(m)).astype(jnp.uint8) for m in middles)  # type: ignore[return-value]
+
+
+def _select(codes: Array, table: tuple[float, ...]) -> Array:
+    """table[codes] as a tree of selects, which fuses where a gather would not."""
+    level = [np.float32(v) for v in table]
+    bit = 0
+    while len(level) > 1:
+        odd = (codes >> bit) & 1 == 1
+        level = [jnp.where(odd, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+        bit += 1
+    return level[0]
+
+
+# Packing ------------------------------------------------------------------------------------------------------------
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Codes [..., k] as bytes [..., ceil(k * bits / 8)]; the first code in the lowest bits; the tail padded with 0.
+
+    8 bits: unchanged. 4 bits: two codes a byte. 6 bits: four codes in three bytes.
+    """
+    if bits == 8:
+        return codes
+    k = codes.shape[-1]
+    if bits == 4:
+        pair = _pad_last(codes.astype(jnp.uint8) & 15, 2).reshape(*codes.shape[:-1], -(-k // 2), 2)
+        return pair[..., 0] | pair[..., 1] << 4
+    quad = _pad_last(codes.astype(jnp.uint32) & 63, 4).reshape(*codes.shape[:-1], -(-k // 4), 4)
+    word = quad[..., 0] | quad[..., 1] << 6 | quad[..., 2] << 12 | quad[..., 3] << 18
+    parts = jnp.stack([word & 255, (word >> 8) & 255, word >> 16], axis=-1).astype(jnp.uint8)
+    return parts.reshape(*codes.shape[:-1], -(-k // 4) * 3)[..., : -(-k * 6 // 8)]
+
+
+def unpack(data: Array, bits: int, k: int) -> Array:
+    """The k codes of packed bytes [..., ceil(k * bits / 8)]; sub-byte codes as uint8 (not sign-extended)."""
+    if bits == 8:
+        return data
+    lead = data.shape[:-1]
+    if bits == 4:
+        codes = jnp.stack([data & 15, data >> 4], axis=-1)
+        return codes.reshape(*lead, 2 * data.shape[-1])[..., :k]
+    triple = _pad_last(data, 3).reshape(*lead, -(-data.shape[-1] // 3), 3).astype(jnp.uint32)
+    word = triple[..., 0] | triple[..., 1] << 8 | triple[..., 2] << 16
+    codes = jnp.stack([(word >> shift) & 63 for shift in (0, 6, 12, 18)], axis=-1).astype(jnp.uint8)
+    return codes.reshape(*lead, 4 * word.shape[-1])[..., :k]
+
+
+def _pad_last(x: Array, multiple: int) -> Array:
+    short = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) if short else x
+
+
+# Tiles: the values that share a scale -------------------------------------------------------------------------------
+
+
+def _to_tiles(x: Array, tile: tuple) -> Array:
+    """[..., n, k] -> [..., ceil(n/rows), rows, ceil(k/cols), cols], padded with zeros where the last tile is short."""
+    (*lead, n, k), (rows, cols) = x.shape, tile
+    if _one_tile(n, rows) and _one_tile(k, cols):
+        return x.reshape(*lead, 1, n, 1, k)
+    short = [0 if rows == 1 or _one_tile(n, rows) else -n % rows, 0 if _one_tile(k, cols) else -k % cols]
+    if any(short):
+        x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, short[0]), (0, short[1])])
+    n_rows = (n, 1) if rows == 1 else (1, n) if _one_tile(n, rows) else (x.shape[-2] // rows, rows)
+    k_cols = (1, k) if _one_tile(k, cols) else (x.shape[-1] // cols, cols)
+    return x.reshape(*lead, *n_rows, *k_cols)
+
+
+def _one_tile(size, tile) -> bool:
+    return tile is size or tile == size
+
+
+def _from_tiles(tiles: Array, n: int, k: int) -> Array:
+    *lead, a, rows, b, cols = tiles.shape
+    return tiles.reshape(*lead, a * rows, b * cols)[..., :n, :k]
+
+
+def _spread(per_tile: Array) -> Array:
+    """[..., rows, cols] -> [..., rows, 1, cols, 1], to meet tiles."""
+    return per_tile[..., :, None, :, None]
+
+
+def _tile_of(scale_shape: tuple, n: int, k: int, format: Format) -> tuple:
+    """The tile that a stored scale [..., rows, cols] of a matrix [n, k] belongs to."""
+    found = tuple(scale_shape[-2:])
+    for tile in (format.tile, (1, k), (n, k)):
+        if tile is not None and found == (ceil_div(n, tile[0]), ceil_div(k, tile[1])):
+            return tile
+    raise UnsupportedError(
+        f"scale of shape {tuple(scale_shape)} does not fit a matrix [{n}, {k}] in format {format.name!r} "
+        f"(block {format.block}); expected the last two axes to be ceil(n / rows), ceil(k / columns) of a block, "
+        "[n, 1] or [1, 1]"
+    )
+
+
+# Scales -------------------------------------------------------------------------------------------------------------
+
+
+def scale_from_amax(amax: Array, format: Format) -> Array:
+    """What the largest absolute value becomes a scale by: amax / element.max, and amax / (6 * 448) for nvfp4.
+
+    A zero (or smaller than 2^-117) scale becomes 1, so that zeros divide to zeros. For formats with float32 scales, and
+    for the global scale of nvfp4.
+
+    Raises:
+        UnsupportedError: the format has power-of-two block scales only (mx*), or a zero point.
+    """
+    if format.zero_point or (format.scale.name != "float32" and not format.global_scale):
+        raise UnsupportedError(
+            f"format {format.name!r} has no per-tensor scale to compute from an amax; "
+            "use dynamic scaling, which finds its block scales from the data"
+        )
+    return _safe(divide(amax.astype(jnp.float32), format.element.max * _scale_max(format)))
+
+
+def _scale_max(format: Format) -> float:
+    return E4M3.max if format.global_scale else 1.0
+
+
+def _safe(scale: Array) -> Array:
+    return jnp.where(scale < TINY, 1.0, scale)
+
+
+def _exponent_from_amax(amax: Array, largest: float) -> Array:
+    """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for amax 0, 127 if not finite.
+
+    This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the OCP text
+    rounds it down.
+    """
+    ratio = _to_bits(divide(amax, largest))
+    exponent = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).astype(jnp.uint32)
+    exponent = jnp.where(ratio >= 0x7F800000, 127, exponent)
+    return jnp.where(ratio < _SMALLEST_NORMAL, 0, exponent).astype(jnp.uint8)
+
+
+def decode_scale(scale: Array, format: Format) -> Array:
+    """Stored scales as float32 (the global scale is not included); an e8m0 of 2^-127 reads as 0."""
+    if format.scale.name == "e4m3":
+        return decode(scale, E4M3)
+    return _from_bits(scale.astype(jnp.uint32) << 23) if format.scale.name == "e8m0" else scale
+
+
+class _Scales(NamedTuple):
+    """Per tile, [..., rows, cols]: the stored leaf, the divisor the codes are made with, zero point; and the global."""
+
+    stored: Array
+    divisor: Array
+    global_scale: Array | None = None
+    zero_point: Array | None = None
+
+
+def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor_scale: Array | None) -> _Scales:
+    if format.zero_point:
+        return _asymmetric_scales(tiles, format)
+    amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+    if format.scale.name == "e8m0":
+        stored = _exponent_from_amax(amax, format.element.max)
+        return _Scales(stored, decode_scale(stored, format))
+    if tensor_scale is None and (format.global_scale or tensor_amax is not None):
+        whole = jnp.max(amax, axis=(-2, -1), initial=0) if tensor_amax is None else tensor_amax
+        tensor_scale = scale_from_amax(jnp.asarray(whole), format)
+    if format.global_scale:
+        return _two_level_scales(amax, tensor_scale, format)
+    if tensor_scale is not None:
+        scale = jnp.broadcast_to(tensor_scale.astype(jnp.float32)[..., None, None], amax.shape)
+    else:
+        scale = scale_from_amax(amax, format)
+    return _Scales(scale, scale)
+
+
+def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scales:
+    """Block scales in e4m3 under a float32 global one (ModelOpt's export): e4m3(amax / (6 * global))."""
+    whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
+    scale = divide(amax, (whole * format.element.max)[..., None, None])
+    scale = jnp.where(scale == 0, 1.0, jnp.clip(scale, 2.0**-9, E4M3.max))
+    stored = encode(scale, E4M3)
+    return _Scales(stored, decode(stored, E4M3) * whole[..., None, None], whole)
+
+
+def _asymmetric_scales(tiles: Array, format: Format) -> _Scales:
+    """Scales and zero points of unsigned integers; the range always holds 0, so that 0 is exact."""
+    low = jnp.min(tiles, axis=(-3, -1), initial=0)
+    high = jnp.max(tiles, axis=(-3, -1), initial=0)
+    scale = _safe(divide(high - low, format.element.max))
+    zero_point = encode(divide(-low, scale), format.element)
+    return _Scales(scale, scale, None, zero_point)
+
+
+# Matrices -----------------------------------------------------------------------------------------------------------
+
+
+def quantize_matrix(
+    x: Array,
+    format: Format,
+    *,
+    granularity: str | None = None,
+    tensor_amax: Array | None = None,
+    tensor_scale: Array | None = None,
+    packed: bool = True,
+) -> Codes:
+    """Codes and scales of x [..., n, k]; `packed=False` leaves one code a byte, [..., n, k].
+
+    `tensor_amax` or `tensor_scale`, [...] float32: an amax (or the scale made from it by `scale_from_amax`) found
+    elsewhere, for one scale a tensor or the global scale of nvfp4; larger values then saturate.
+
+    Raises:
+        UnsupportedError: the format cannot have this granularity, or has no per-tensor scale to give.
+    """
+    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale)
+    scaled = _scaled(tiles, scales, format)
+    if scales.zero_point is not None:
+        codes = _shifted(scaled, scales.zero_point, format).astype(jnp.uint8)
+    else:
+        codes = encode(scaled, format.element)
+    data = _from_tiles(codes, *x.shape[-2:])
+    data = pack(data, format.element.bits) if packed else data
+    return Codes(data, scales.stored, scales.global_scale, scales.zero_point)
+
+
+def dequantize_matrix(
+    data: Array, scale: Array, global_scale: Array | None, zero_point: Array | None, format: Format, k: int
+) -> Array:
+    """float32 [..., n, k] of packed codes [..., n, ceil(k * bits / 8)] and what `quantize_matrix` gave with them."""
+    n = data.shape[-2]
+    codes = unpack(data, format.element.bits, k)
+    tiles = decode(_to_tiles(codes, _tile_of(scale.shape, n, k, format)), format.element)
+    if zero_point is not None:
+        tiles = tiles - _spread(zero_point.astype(jnp.float32))
+    if format.scale.name == "e8m0":
+        return _from_tiles(_times_power(tiles, _spread(scale)), n, k)
+    factor = decode_scale(scale, format)
+    if global_scale is not None:
+        factor = factor * global_scale[..., None, None]
+    return _from_tiles(tiles * _spread(factor), n, k)
+
+
+def qdq_matrix(
+    x: Array,
+    format: Format,
+    *,
+    granularity: str | None = None,
+    tensor_amax: Array | None = None,
+    tensor_scale: Array | None = None,
+) -> Array:
+    """float32 [..., n, k]: dequantize_matrix(quantize_matrix(x)), bit for bit, without codes; arguments as there."""
+    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale)
+    scaled = _scaled(tiles, scales, format)
+    if scales.zero_point is not None:
+        values = _shifted(scaled, scales.zero_point, format) - _spread(scales.zero_point.astype(jnp.float32))
+    else:
+        values = round_to(scaled, format.element)
+    if format.scale.name == "e8m0":
+        return _from_tiles(_times_power(values, _spread(scales.stored)), *x.shape[-2:])
+    return _from_tiles(values * _spread(scales.divisor), *x.shape[-2:])
+
+
+def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, _Scales]:
+    tile = format.tile_for(*x.shape[-2:], granularity)
+    given = tensor_amax is not None or tensor_scale is not None
+    whole = format.global_scale or ((granularity or format.granularity) == "tensor" and not format.zero_point)
+    if given and not whole:
+        raise UnsupportedError(
+            f"format {format.name!r} with granularity {granularity or format.granularity!r} takes no tensor_amax or "
+            "tensor_scale: its scales are found from the data of smaller parts; write granularity='tensor', or leave it out"
+        )
+    tiles = _to_tiles(x.astype(jnp.float32), tile)
+    return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale)
+
+
+def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:
+    if format.scale.name == "e8m0":  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
+        return tiles * _from_bits((254 - _spread(scales.stored).astype(jnp.uint32)) << 23)
+    return divide(tiles, _spread(scales.divisor))
+
+
+def _shifted(scaled: Array, zero_point: Array, format: Format) -> Array:
+    return jnp.clip(jnp.round(scaled) + _spread(zero_point.astype(jnp.float32)), 0, format.element.max)
+
+
+def _times_power(x: Array, e8m0: Array) -> Array:
+    """x * 2^(bits - 127) in two exact steps: 2^-127 itself is subnormal, the product usually is not."""
+    half = e8m0.astype(jnp.uint32) >> 1
+    rest = e8m0.astype(jnp.uint32) - half
+    return x * _from_bits((half + 64) << 23) * _from_bits((rest + 63) << 23)

@@ -1,0 +1,164 @@
+"""The quantized operations (dot, convolution, ragged dot, table lookup) and the one door to jqopt_kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jqopt_kernels as kernels
+from jax import lax
+
+from jqopt import _numerics
+from jqopt._qtensor import QTensor
+from jqopt.formats import Format
+
+
+class InputFormat(NamedTuple):
+    """How a site quantizes its activation: the format, which values share a scale, and whether calibration gave it."""
+
+    format: Format
+    granularity: str  # tensor | token | block
+    static: bool
+
+
+class Weight(NamedTuple):
+    """Static facts of a quantized weight matrix [n, k]."""
+
+    format: Format
+    granularity: str
+    n: int
+    k: int
+
+
+def quantize_input(x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> jax.Array:
+    """Quantize-dequantize of activations [..., k] along the last axis, float32; straight-through gradient."""
+    return _qdq(x, scale, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    return _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale)).reshape(x.shape)
+
+
+def _qdq_fwd(x, scale, spec):
+    return _qdq(x, scale, spec), (x.dtype, scale)
+
+
+def _qdq_bwd(spec, kept, g):
+    dtype, scale = kept
+    return g.astype(dtype), None if scale is None else jnp.zeros_like(scale)
+
+
+_qdq.defvjp(_qdq_fwd, _qdq_bwd)
+
+
+def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
+    granularity = {"token": "channel"}.get(spec.granularity, spec.granularity)
+    return {"granularity": granularity, "tensor_scale": scale if spec.static else None}
+
+
+# --------------------------------------------------------------------------------------------- matrices
+
+
+def matmul(
+    x: jax.Array, weight: QTensor, spec: InputFormat | None, *, simulate: bool = False, backend: str | None = None
+) -> jax.Array:
+    """x [*stack, m, k] times a packed weight [*stack, n, k], transposed: float32 [*stack, m, n].
+
+    The gradient goes straight through both quantizers: dx = dy @ dequantized(weight).
+    """
+    facts = Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
+    if weight.pre_scale is not None:
+        x = x * weight.pre_scale[..., None, :].astype(x.dtype)
+    scale = weight.input_scale if spec is not None and spec.static else None
+    arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
+    run = functools.partial(_matmul, facts=facts, spec=spec, simulate=simulate, backend=backend)
+    batch = weight.data.ndim - 2
+    shared = 0 if scale is None else batch - scale.ndim
+    for level in range(batch):  # innermost axes first: an input scale belongs to the outer ones only
+        run = jax.vmap(run, in_axes=(0, 0, None if scale is None or level < shared else 0))
+    return run(x, arrays, scale)
+
+
+def _matmul(x, arrays, scale, *, facts, spec, simulate, backend) -> jax.Array:
+    return _straight_through(x, arrays, scale, facts, spec, simulate, backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _straight_through(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate: bool, backend):
+    if simulate:
+        left = x.astype(jnp.float32) if spec is None else _qdq(x, scale, spec)
+        return lax.dot_general(left, _dequantize(arrays, facts), _NT, preferred_element_type=jnp.float32)
+    lhs, lhs_spec = _left(x, scale, spec)
+    rhs_spec = operand(facts.format, facts.granularity)
+    shapes = kernels.Shapes(x.shape[0], facts.n, facts.k)
+    kernel = kernels.find("qdot", lhs_spec, rhs_spec, jax.default_backend(), shapes, backend=backend)
+    return kernel.run(lhs, arrays, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=facts.n, k=facts.k)
+
+
+_NT = (((1,), (1,)), ((), ()))
+
+
+def _forward(x, arrays, scale, facts, spec, simulate, backend):
+    out = _straight_through(x, arrays, scale, facts, spec, simulate, backend)
+    return out, (arrays, scale, jnp.zeros((0,), x.dtype))
+
+
+def _backward(facts, spec, simulate, backend, kept, g):
+    arrays, scale, like = kept
+    weight = _dequantize(arrays, facts)
+    dx = lax.dot_general(g.astype(jnp.float32), weight, (((1,), (0,)), ((), ())))
+    return dx.astype(like.dtype), None, None if scale is None else jnp.zeros_like(scale)
+
+
+_straight_through.defvjp(_forward, _backward)
+
+
+def _left(x: jax.Array, scale: jax.Array | None, spec: InputFormat | None):
+    if spec is None:
+        return x, kernels.Operand("float", None, None, None)
+    codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+    granularity = {"token": "channel"}.get(spec.granularity, spec.granularity)
+    return kernels.Packed(*codes), operand(spec.format, granularity)
+
+
+def _dequantize(arrays, facts: Weight) -> jax.Array:
+    return _numerics.dequantize_matrix(
+        arrays.data, arrays.scale, arrays.global_scale, arrays.zero_point, facts.format, facts.k
+    )
+
+
+def operand(format: Format, granularity: str) -> kernels.Operand:
+    """A format as the kernels' table describes operands."""
+    element = "int8" if format.element.name.startswith("int8") else format.element.name
+    block = format.block if granularity == "block" else None
+    return kernels.Operand(element, block, format.scale.name, granularity, format.global_scale, format.zero_point)
+
+
+def explain(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> list[tuple[str, str | None]]:
+    """For one product: every kernel of the table with None (it can) or the reason why not, in order of preference."""
+    lhs = kernels.Operand("float", None, None, None)
+    if spec is not None:
+        lhs = operand(spec.format, {"token": "channel"}.get(spec.granularity, spec.granularity))
+    rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
+    return kernels.explain("qdot", lhs, rhs, device or jax.default_backend(), shapes)
+
+
+def qtake(weight: QTensor, indices: jax.Array) -> jax.Array:
+    """Rows of a packed table [n, k] by index (any shape; already in range): float32 [*indices, k]."""
+    k = weight.layout.k
+    pick = functools.partial(jnp.take, indices=indices.reshape(-1), axis=0, mode="clip")
+    tall = weight.scale.shape[-2] == weight.data.shape[-2]
+    tile = weight.format.tile if weight.granularity == "block" else None
+    scale, zero = weight.scale, weight.zero_point
+    if tall:
+        scale, zero = pick(scale), None if zero is None else pick(zero)
+    elif tile is not None:  # blocks of several rows
+        spread = functools.partial(jnp.take, indices=indices.reshape(-1) // tile[0], axis=0, mode="clip")
+        scale, zero = spread(scale), None if zero is None else spread(zero)
+    format = weight.format.with_block(tile[1]) if tile is not None and tile[0] > 1 else weight.format
+    rows = _numerics.dequantize_matrix(pick(weight.data), scale, weight.global_scale, zero, format, k)
+    return rows.reshape(*indices.shape, k)

@@ -1,0 +1,337 @@
+"""The plan: recipe x graph = one decision a site, made before anything runs, with the rule or the reason for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jqopt import _recipe, algorithms
+from jqopt._ops import InputFormat
+from jqopt._qtensor import Layout
+from jqopt._recipe import AlgorithmSpec, Recipe, TensorSpec
+from jqopt._table import table
+from jqopt._trace import Graph, Site
+from jqopt.errors import PlanError
+from jqopt.formats import Format
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What happens at one site. `weight` None: left alone, for `reason`."""
+
+    key: str
+    op: str
+    path: str | None
+    weight: TensorSpec | None = None
+    input: TensorSpec | None = None
+    algorithm: tuple[AlgorithmSpec, ...] = ()
+    rule: str = ""
+    reason: str = ""
+    note: str = ""
+    group: str = ""  # key of the first site among those that read the same activation in the same way
+    layout: Layout | None = None
+    outer: tuple[int, ...] = ()  # leading stack axes that have their own input scale
+    dtype: str = ""
+    bits: float = 0.0
+
+    @property
+    def format(self) -> Format:
+        assert self.weight is not None, self.key
+        return self.weight.element_format()
+
+    @property
+    def granularity(self) -> str:
+        assert self.weight is not None and self.weight.granularity is not None, self.key
+        return self.weight.granularity
+
+    @property
+    def input_format(self) -> InputFormat | None:
+        """The activation's quantizer, or None if activations stay as they are."""
+        if self.input is None:
+            return None
+        granularity = self.input.granularity or "tensor"
+        return InputFormat(self.input.element_format(), granularity, self.input.scaling == "static")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What a plan remembers of a parameter: enough to refuse another model."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One decision a site. `print(plan)` is the table; `plan.function` is the model it was made for."""
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    parameters: Mapping[str, Parameter]
+    opaque: tuple[str, ...] = ()
+    function: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __getitem__(self, key: str) -> Decision:
+        """The decision for a site, by its key."""
+        return self.by_key[key]
+
+    @property
+    def by_key(self) -> dict[str, Decision]:
+        return {d.key: d for d in self.decisions}
+
+    @property
+    def quantized(self) -> dict[str, Decision]:
+        """The deciding site of each parameter that is quantized, by parameter path."""
+        found: dict[str, Decision] = {}
+        for d in self.decisions:
+            if d.path is not None and d.weight is not None and (d.path not in found or found[d.path].op == "gather"):
+                found[d.path] = d
+        return found
+
+    @property
+    def needs_data(self) -> tuple[str, ...]:
+        """Paths of the parameters whose sites need statistics of their activations."""
+        return tuple(p for p, d in self.quantized.items() if d.input is not None and d.input.needs_calibration)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over the quantized parameters, scales included."""
+        sizes = [(math.prod(self.parameters[p].shape), d.bits) for p, d in self.quantized.items()]
+        return sum(n * b for n, b in sizes) / max(sum(n for n, _ in sizes), 1)
+
+    def __str__(self) -> str:
+        head = ("site", "op", "weight", "input", "algorithm", "bits", "group", "decided by")
+        lines = [table(head, [_row(d) for d in self.decisions])]
+        done = self.quantized
+        whole = sum(math.prod(p.shape) for p in self.parameters.values())
+        part = sum(math.prod(self.parameters[p].shape) for p in done)
+        lines.append(
+            f"{len(done)} of {len(self.parameters)} parameters quantized ({part / max(whole, 1):.0%} of {whole:,} "
+            f"values), {self.bits_per_weight:.2f} bits each; recipe {self.recipe.name!r}"
+        )
+        return "\n".join([*lines, *(f"opaque: {o}" for o in self.opaque)])
+
+
+def _row(d: Decision) -> tuple:
+    if d.weight is None:
+        return (d.key, d.op, "-", "-", "-", "", "", d.reason)
+    names = "+".join(a.name for a in d.algorithm)
+    group = "" if d.group in ("", d.key) else f"with {d.group}"
+    decided = d.rule + (f"; {d.note}" if d.note else "")
+    return (d.key, d.op, describe(d.weight), describe(d.input), names, f"{d.bits:.2f}", group, decided)
+
+
+def describe(spec: TensorSpec | None) -> str:
+    """A quantizer in a word or three: `nvfp4`, `int8/token dynamic`."""
+    if spec is None:
+        return "-"
+    format = spec.element_format()
+    block = format.block if spec.granularity == "block" else None
+    size = "x".join(map(str, block)) if isinstance(block, tuple) else block
+    scale = f"/{size}" if block is not None else f"/{spec.granularity}"
+    return f"{format.name}{scale}" + (f" {spec.scaling}" if spec.scaling == "dynamic" else "")
+
+
+def make_plan(recipe: Recipe, graph: Graph) -> Plan:
+    """Decides every site of the graph.
+
+    Raises:
+        PlanError: a rule matches nothing (and isn't `optional`), a rule never decides because earlier ones shadow
+            it, no weight would be quantized, two sites ask two different things of one parameter, or an
+            algorithm's name is unknown.
+    """
+    chosen = {s.key: _choose(recipe, s) for s in graph.sites}
+    decisions = [_decide(recipe, s, chosen[s.key], graph) for s in graph.sites]
+    decisions = _grouped(graph, decisions)
+    _check_rules(recipe, graph, chosen)
+    _check_parameters(graph, decisions)
+    parameters = {p: Parameter(tuple(s.shape), str(s.dtype)) for p, s in graph.parameters.items()}
+    opaque = tuple(f"{o.primitive} in {o.scope or graph.function.name}: {o.reason}" for o in graph.opaque)
+    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function)
+    if not plan.quantized:
+        raise PlanError(_nothing(recipe, graph, decisions))
+    return plan
+
+
+def _choose(recipe: Recipe, site: Site) -> _recipe.Rule | None:
+    if site.path is None:
+        return None
+    return next((r for r in recipe.rules if _recipe.matches(r, site)), None)
+
+
+def _decide(recipe: Recipe, site: Site, rule: _recipe.Rule | None, graph: Graph) -> Decision:
+    plain = Decision(site.key, site.op, site.path)
+    if site.reason is not None:
+        return dataclasses.replace(plain, reason=site.reason, rule=rule.where if rule and rule.weight else "")
+    if rule is None:
+        return dataclasses.replace(plain, reason="no rule matches it")
+    if rule.keep:
+        return dataclasses.replace(plain, reason=f"kept by {rule.where}", rule=rule.where)
+    assert rule.weight is not None, "the recipe admits only rules that keep or quantize"
+    whole = tuple(graph.parameters[site.path or ""].shape)
+    layout = site.layout if site.shape == whole else globalized(site.layout, whole)
+    note, input_spec = "", rule.input
+    if site.op == "gather" and input_spec is not None:
+        note, input_spec = "input left alone: a lookup multiplies nothing", None
+    algorithm = _algorithms(rule.algorithm or recipe.algorithm, rule)
+    spec = rule.weight
+    bits = spec.element_format().bits_per_value(layout.n, layout.k, spec.granularity)
+    return Decision(
+        site.key, site.op, site.path, spec, input_spec, algorithm, rule.where, note=note,
+        layout=layout, outer=site.outer, dtype=str(graph.parameters[site.path or ""].dtype), bits=bits,
+    )  # fmt: skip
+
+
+def globalized(layout: Layout, whole: tuple[int, ...]) -> Layout:
+    """A layout found inside a shard_map, for the whole parameter: the outermost atom of each sharded axis grows."""
+    atoms = list(layout.atoms)
+    start = 0
+    for axis, size in enumerate(layout.shape):
+        stop, product = start + 1, layout.atoms[start]
+        while product < size:
+            product, stop = product * layout.atoms[stop], stop + 1
+        atoms[start] *= whole[axis] // size
+        start = stop
+    return Layout(whole, tuple(atoms), layout.stack, layout.rows, layout.cols)
+
+
+def _algorithms(specs: Iterable[AlgorithmSpec], rule: _recipe.Rule) -> tuple[AlgorithmSpec, ...]:
+    for spec in specs:
+        try:
+            algorithms.get(spec.name, **spec.options)
+        except PlanError as e:
+            raise PlanError(f"{rule.where}: {e}") from None
+    return tuple(specs)
+
+
+def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
+    """Marks decisions whose sites read the same activation and ask the same of it."""
+    lead: dict[tuple, str] = {}
+    out = []
+    for site, d in zip(graph.sites, decisions, strict=True):
+        if d.weight is not None and site.activation >= 0:
+            same = (site.activation, site.contracted, d.op, d.weight, d.input, d.algorithm, d.outer)
+            d = dataclasses.replace(d, group=lead.setdefault(same, d.key))
+        out.append(d)
+    return out
+
+
+def _check_rules(recipe: Recipe, graph: Graph, chosen: Mapping[str, _recipe.Rule | None]) -> None:
+    deciding = {id(r) for r in chosen.values() if r is not None}
+    candidates = [s for s in graph.sites if s.path is not None]
+    for rule in recipe.rules:
+        if id(rule) in deciding or rule.optional:
+            continue
+        matched = [s for s in candidates if _recipe.matches(rule, s)]
+        if not matched:
+            raise PlanError(
+                f"{rule.where}: the rule matches no site of {graph.function.name}. "
+                f"Sites: {_some([s.key for s in candidates])}. {_nearest(rule, candidates)}"
+                "Write another pattern (it is a glob over the whole path), or `optional: true` if that is meant."
+            )
+        winner = chosen[matched[0].key]
+        if not rule.inherited and winner is not None:
+            raise PlanError(
+                f"{rule.where}: the rule never decides: {winner.where} stands before it and matches every site that "
+                f"it matches ({_some([s.key for s in matched])}). The first rule that matches decides: "
+                "put the specific rule first."
+            )
+
+
+def _nearest(rule: _recipe.Rule, sites: list[Site]) -> str:
+    near = _recipe.near_paths(rule, [s.path for s in sites if s.path])
+    return f"Did you mean {', '.join(map(repr, near))}? " if near else ""
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
+
+
+def _check_parameters(graph: Graph, decisions: list[Decision]) -> None:
+    """Every use of a parameter must ask the same of it: there is one packed copy."""
+    first: dict[str, Decision] = {}
+    for site, d in zip(graph.sites, decisions, strict=True):
+        if d.path is None or site.reason is not None:
+            continue
+        other = first.setdefault(d.path, d)
+        if other.weight != d.weight:
+            raise PlanError(
+                f"{d.path}: two sites ask two different things of one parameter. {_asks(other)}; {_asks(d)}. "
+                "Write one rule that matches both (for an embedding tied to the head: "
+                "`match: {path: ..., used_by: gather}`), or `keep: true` for the parameter."
+            )
+        if d.weight is not None and other.outer != d.outer:
+            raise PlanError(
+                f"{d.path}: site {other.key} reads it as layers {list(other.outer)}, site {d.key} as "
+                f"{list(d.outer)}; one input scale can't serve both. Keep it with `keep: true`."
+            )
+
+
+def _asks(d: Decision) -> str:
+    asked = describe(d.weight) if d.weight is not None else f"left alone ({d.reason})"
+    return f"{d.key} ({d.op}): {asked}" + (f", by {d.rule}" if d.weight is not None else "")
+
+
+def _nothing(recipe: Recipe, graph: Graph, decisions: list[Decision]) -> str:
+    reasons = "\n".join(f"  {d.key} ({d.op}): {d.reason}" for d in decisions[:12])
+    return (
+        f"recipe {recipe.name!r} would quantize no weight of {graph.function.name}. "
+        + (f"Its sites and why each is left alone:\n{reasons}" if reasons else "It has no site at all: no dot, ")
+        + ("" if reasons else "convolution or lookup reads a parameter. ")
+        + "\nWrite a rule with `weight:` that matches one of them."
+    )
+
+
+# ---------------------------------------------------------------------------------------- plans as plain data
+
+
+def to_dict(plan: Plan) -> dict:
+    """The plan as JSON data (without the model)."""
+    return {
+        "version": VERSION,
+        "recipe": plan.recipe.to_dict(),
+        "parameters": {p: {"shape": list(v.shape), "dtype": v.dtype} for p, v in plan.parameters.items()},
+        "opaque": list(plan.opaque),
+        "decisions": [_decision_dict(d) for d in plan.decisions],
+    }
+
+
+def _decision_dict(d: Decision) -> dict:
+    out = {f.name: getattr(d, f.name) for f in dataclasses.fields(d)}
+    out["weight"] = None if d.weight is None else d.weight.to_dict()
+    out["input"] = None if d.input is None else d.input.to_dict()
+    out["algorithm"] = [a.to_dict() for a in d.algorithm]
+    out["layout"] = None if d.layout is None else {k: list(v) for k, v in dataclasses.asdict(d.layout).items()}
+    out["outer"] = list(d.outer)
+    return out
+
+
+def from_dict(data: Mapping[str, Any], function: Any = None) -> Plan:
+    """The plan that `to_dict` wrote.
+
+    Raises:
+        PlanError: it was written by a newer jqopt, or isn't a plan.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("version"), int):
+        raise PlanError("this isn't a plan: expected a mapping with an integer `version`")
+    if data["version"] > VERSION:
+        raise PlanError(f"plan version {data['version']} is newer than {VERSION}, the newest this jqopt reads")
+    parameters = {p: Parameter(tuple(v["shape"]), v["dtype"]) for p, v in data["parameters"].items()}
+    recipe = _recipe.load_recipe(data["recipe"])
+    return Plan(recipe, tuple(map(_decision, data["decisions"])), parameters, tuple(data["opaque"]), function)
+
+
+def _decision(data: Mapping[str, Any]) -> Decision:
+    fields = dict(data)
+    for name in ("weight", "input"):
+        fields[name] = None if data[name] is None else TensorSpec.from_dict(data[name])
+    fields["algorithm"] = tuple(AlgorithmSpec.from_dict(a) for a in data["algorithm"])
+    layout = data["layout"]
+    fields["layout"] = None if layout is None else Layout(**{k: tuple(v) for k, v in layout.items()})
+    fields["outer"] = tuple(data["outer"])
+    return Decision(**fields)

@@ -1,0 +1,136 @@
+"""Quantizing: solves every weight of the plan, one at a time, and puts QTensors where arrays stood."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqopt import _numerics, algorithms
+from jqopt._apply import Quantized, check_paths
+from jqopt._calibrate import Stats, check_stats
+from jqopt._plan import Decision, Plan
+from jqopt._qtensor import QTensor
+from jqopt.algorithms import Problem
+from jqopt.errors import CalibrationError, UnsupportedError
+
+
+def quantize(
+    plan: Plan, params: Any, stats: Stats | None = None, *, donate: bool = False, progress: Callable | None = None
+) -> Quantized:
+    """Packs the weights that the plan quantizes; other leaves are handed on as they are.
+
+    One parameter is worked on at a time, so beside the model and the result at most one float parameter is held.
+
+    Args:
+        params: the tree the plan was made for (float).
+        stats: from `calibrate`; not needed when every activation is dynamic (`plan.needs_data` is empty).
+        donate: delete each float weight once it is packed. The caller's tree can't be used afterwards.
+        progress: called with the path of each packed parameter.
+
+    Raises:
+        CalibrationError: the plan needs statistics and got none (or not of every site).
+        UnsupportedError: a weight holds NaN or inf; the message names it.
+        PlanError: params aren't those of the plan.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
+    paths = [plan.function.path_of(key) for key, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
+    check_paths(plan, found)
+    _check_input(plan, found, stats)
+    shared = group_amax(plan, found)
+    for i, path in enumerate(paths):
+        d = plan.quantized.get(path) if path is not None else None
+        if d is None:
+            continue
+        state = None if stats is None or path not in plan.needs_data else stats[path]
+        packed = solve(d, leaves[i], state, shared.get(path))
+        if donate and isinstance(leaves[i], jax.Array):
+            jax.block_until_ready(packed)
+            leaves[i].delete()
+        leaves[i] = packed
+        flat[i] = (flat[i][0], None)
+        if progress is not None:
+            progress(path)
+    return Quantized(treedef.unflatten(leaves))
+
+
+def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None) -> None:
+    again = [p for p, leaf in found.items() if isinstance(leaf, QTensor)]
+    if again:
+        raise UnsupportedError(f"{again[0]} is quantized already ({found[again[0]]!r}); quantize the float model.")
+    if plan.needs_data and stats is None:
+        raise CalibrationError(
+            f"{len(plan.needs_data)} sites need statistics of their activations (first: {plan.needs_data[0]}). "
+            "Call stats = jqopt.calibrate(plan, params, batches) and pass it, or use dynamic inputs."
+        )
+    if plan.needs_data and not _traced((stats, found)):
+        check_stats(plan, stats or {})
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Largest |weight| of each group that shares a tensor-level scale, by path: [*stack] float32.
+
+    Sites that read the same activation (q, k, v; gate, up) share the global scale of nvfp4 and the per-tensor scale
+    of fp8, since serving engines fuse them into one matrix product.
+    """
+    amax: dict[str, jax.Array] = {}
+    for path, d in plan.quantized.items():
+        amax[path] = _amax(found[path], d.layout)
+        if not isinstance(amax[path], jax.core.Tracer) and not np.all(np.isfinite(np.asarray(amax[path]))):
+            raise UnsupportedError(f"{path}: the weight holds NaN or inf; it can't be quantized to {d.format.name}.")
+    groups: dict[str, list[str]] = {}
+    for path, d in plan.quantized.items():
+        if d.format.global_scale or d.granularity == "tensor":
+            groups.setdefault(d.group or d.key, []).append(path)
+    out = {}
+    for members in groups.values():
+        shapes = {amax[p].shape for p in members}
+        whole = functools.reduce(jnp.maximum, [amax[p] for p in members]) if len(shapes) == 1 else None
+        out.update({p: amax[p] if whole is None else whole for p in members})
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _amax(w: jax.Array, layout: Any) -> jax.Array:
+    axes = [a for a in layout.axes()]
+    stack = [next(i for i, atoms in enumerate(axes) if s in atoms) for s in layout.stack]
+    if all(axes[i] == [s] for i, s in zip(stack, layout.stack, strict=True)):
+        out = jnp.max(jnp.abs(w), axis=tuple(i for i in range(w.ndim) if i not in stack))
+        return out.transpose([sorted(stack).index(i) for i in stack]).astype(jnp.float32)
+    return jnp.max(jnp.abs(layout.to_matrix(w)), axis=(-2, -1)).astype(jnp.float32)
+
+
+def solve(d: Decision, w: jax.Array, state: Any, tensor_amax: jax.Array | None) -> QTensor:
+    """One parameter, packed. `state` and `tensor_amax` have its stacked axes first."""
+    assert d.layout is not None and d.weight is not None, d.key
+    codes, input_scale = _solve(
+        w, state, tensor_amax, d.layout, d.format, d.granularity, d.algorithm[-1], d.input_format, len(d.outer)
+    )
+    return QTensor(*codes, input_scale, None, d.format, d.granularity, d.layout, np.dtype(w.dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _solve(w, state, tensor_amax, layout, format, granularity, spec, input_format, outer):
+    algorithm = algorithms.get(spec.name, **spec.options)
+
+    def run(matrix: jax.Array, state: Any, amax: jax.Array | None):
+        return algorithm.solve(matrix, state, Problem(format, granularity, amax, input_format))
+
+    for axis in reversed(range(len(layout.stack))):  # innermost first; statistics belong to the outer axes only
+        has = state is not None and axis < outer
+        run = jax.vmap(run, in_axes=(0, 0 if has else None, None if tensor_amax is None else 0))
+    codes = run(layout.to_matrix(w), state, tensor_amax)
+    scale = None
+    if input_format is not None and input_format.static:
+        scale = _numerics.scale_from_amax(algorithm.input_amax(state), input_format.format)
+    return codes, scale

@@ -1,0 +1,475 @@
+"""Tracing: finds every site of a model (dot, convolution, ragged dot, embedding gather) in its jaxpr, from shapes only."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core as jex_core
+
+from jqopt import _view
+from jqopt._jaxpr import OPAQUE, Address, inner_jaxpr, open_jaxpr
+from jqopt._qtensor import Layout
+from jqopt._view import Atom, View
+
+DOTS = {
+    "dot_general": "dot_general",
+    "conv_general_dilated": "conv",
+    "ragged_dot_general": "ragged_dot",
+    "ragged_dot": "ragged_dot",
+    "gather": "gather",
+}
+"""Primitives that are sites, and the word recipes use for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One operation that reads a parameter (or, with `path` None, multiplies two activations)."""
+
+    key: str  # the parameter's path, with `#2`, `#3` for further uses; unique in a graph
+    op: str  # dot_general | conv | ragged_dot | gather
+    address: Address
+    path: str | None = None
+    shape: tuple[int, ...] = ()  # the parameter's
+    dtype: str = ""
+    module_path: str = ""
+    module: str | None = None  # class name of the Flax module that owns the parameter
+    view: View | None = None
+    operand: int = 1  # which operand is the parameter
+    part: int = 0  # which part of a concatenated operand
+    stack: tuple[Atom, ...] = ()
+    rows: tuple[Atom, ...] = ()
+    cols: tuple[Atom, ...] = ()
+    activation: int = -1  # sites with the same number read the same activation
+    input_shape: tuple[int, ...] = ()
+    used_by: frozenset[str] = frozenset()  # every op that reads the parameter anywhere
+    scope: str = ""
+    reason: str | None = None  # why this site can't be quantized, if it can't
+
+    @property
+    def scans(self) -> tuple[Address, ...]:
+        """The scans that iterate over the parameter's leading axes, outermost first."""
+        return self.view.scans if self.view is not None else ()
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """Sizes of the axes that scans iterate over or that a layer number picks from: one statistic for each."""
+        assert self.view is not None, self.key
+        return tuple(a.full for a in (*self.view.scanned, *self.view.fixed))
+
+    @property
+    def contracted(self) -> int:
+        """k: how many products are summed for one output."""
+        return math.prod(a.size for a in self.cols)
+
+    @property
+    def layout(self) -> Layout:
+        """How the parameter becomes matrices [*stack, n, k] for this site."""
+        assert self.view is not None, self.key
+        atoms = self.view.atoms()
+        at = {a: i for i, a in enumerate(atoms)}
+        stack = tuple(at[a.whole] for a in self.stack)
+        cols = tuple(at[a.whole] for a in self.cols)
+        rows = tuple(at[a.whole] for a in self.rows if at[a.whole] not in (*stack, *cols))
+        rows += tuple(i for i in range(len(atoms)) if i not in (*stack, *rows, *cols))
+        return Layout(self.shape, tuple(a.size for a in atoms), stack, rows, cols)
+
+
+class Opaque(NamedTuple):
+    """A call that tracing can't look into, with what it reads."""
+
+    primitive: str
+    scope: str
+    params: tuple[str, ...]
+    reason: str
+
+
+class Function(NamedTuple):
+    """What every frontend makes of a model: a function of a parameter tree, and names for its leaves."""
+
+    call: Callable[..., Any]  # call(params, *inputs, **kwargs)
+    params: Any  # the tree of arrays or shapes
+    path_of: Callable[[tuple], str | None]  # key path of a leaf -> parameter path; None: not a parameter
+    watch: Callable[[], AbstractContextManager[Mapping[str, str]]]  # while tracing: module path -> class name
+    kind: str  # linen | nnx | function
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A traced model. `print(graph)` is a table of its sites."""
+
+    function: Function
+    sites: tuple[Site, ...]
+    opaque: tuple[Opaque, ...]
+    parameters: Mapping[str, jax.ShapeDtypeStruct]
+
+    def __str__(self) -> str:
+        from jqopt._table import table
+
+        rows = [
+            (s.key, s.op, _dims(s), s.module or "", f"a{s.activation}" if s.activation >= 0 else "", s.reason or "")
+            for s in self.sites
+        ]
+        text = table(("site", "op", "shape", "module", "input", "note"), rows)
+        for o in self.opaque:
+            text += f"\nopaque: {o.primitive} in {o.scope or 'the function'}: {o.reason}"
+        return text
+
+    def groups(self) -> list[tuple[Site, ...]]:
+        """Sites with a parameter that read the same activation and contract the same length."""
+        found: dict[tuple, list[Site]] = {}
+        for s in self.sites:
+            if s.path is not None and s.reason is None and s.op != "gather":
+                found.setdefault((s.activation, s.contracted, s.op), []).append(s)
+        return [tuple(g) for g in found.values()]
+
+
+def _dims(site: Site) -> str:
+    stack = f"{math.prod(a.size for a in site.stack)}x" if site.stack else ""
+    return f"{stack}[{math.prod(a.size for a in site.rows)}, {site.contracted}]" if site.view else ""
+
+
+# ---------------------------------------------------------------------------------------- abstract values
+
+
+class Act(NamedTuple):
+    """A value that depends on the inputs; equal numbers mean the same values up to layout and dtype."""
+
+    id: int
+
+
+class Derived(NamedTuple):
+    """Computed from parameters in a way that isn't a rearrangement of one of them."""
+
+    params: frozenset[str]
+    by: str
+
+
+class Joined(NamedTuple):
+    """Values concatenated along one axis, at least one a View."""
+
+    parts: tuple[Any, ...]
+    axis: int
+
+
+CONST = "const"  # depends on neither inputs nor parameters
+
+
+def params_of(value: Any) -> frozenset[str]:
+    """Paths of the parameters in a value."""
+    if isinstance(value, View):
+        return frozenset({value.path})
+    if isinstance(value, Derived):
+        return value.params
+    if isinstance(value, Joined):
+        return frozenset().union(*(params_of(p) for p in value.parts))
+    return frozenset()
+
+
+INDEXED = frozenset({"gather", "dynamic_slice", "dynamic_gather", "take_along_axis"})
+
+
+class _Walk:
+    """Accumulates sites while it follows abstract values through a jaxpr."""
+
+    def __init__(self, modules: Mapping[str, str]):
+        self.modules = modules
+        self.sites: list[Site] = []
+        self.opaque: list[Opaque] = []
+        self.ids = itertools.count()
+        self.pairs = itertools.count(1)
+
+    def fresh(self) -> Act:
+        return Act(next(self.ids))
+
+    def run(self, jaxpr: Any, values: Sequence, address: Address, scope: str) -> list:
+        jaxpr, _ = open_jaxpr(jaxpr)
+        env = dict.fromkeys(jaxpr.constvars, CONST)
+        env.update(zip(jaxpr.invars, values, strict=True))
+        for i, eqn in enumerate(jaxpr.eqns):
+            ins = [CONST if isinstance(a, jex_core.Literal) else env[a] for a in eqn.invars]
+            inside = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
+            env.update(zip(eqn.outvars, self.equation(eqn, ins, (*address, i), inside), strict=True))
+        return [CONST if isinstance(v, jex_core.Literal) else env[v] for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
+        name = eqn.primitive.name
+        if name in ("scan", "while", "cond", "shard_map"):
+            return getattr(self, "_" + name)(eqn, ins, address, scope)
+        inner = inner_jaxpr(eqn)
+        if inner is not None:
+            return self.run(inner, ins, (*address, 0), scope)
+        if name in OPAQUE or any(hasattr(p, "eqns") for p in eqn.params.values()):
+            self._opaque(eqn, ins, scope)
+        elif name in DOTS and self._site(eqn, ins, address, scope):
+            return [self.fresh() for _ in eqn.outvars]
+        return self.propagate(eqn, ins)
+
+    def propagate(self, eqn: Any, ins: list) -> list:
+        """What an equation that is no site makes of its operands."""
+        name = eqn.primitive.name
+        params = frozenset().union(*map(params_of, ins)) if ins else frozenset()
+        acts = [v for v in ins if isinstance(v, Act)]
+        if params and not acts:
+            if name == "concatenate":
+                return [Joined(tuple(ins), eqn.params["dimension"])]
+            views = [v if isinstance(v, View) else None for v in ins]
+            found = _view.through(name, eqn.params, views, [o.aval for o in eqn.outvars])
+            by = next((v.by for v in ins if isinstance(v, Derived)), name)
+            return [Derived(params, by) if v is None else v for v in found]
+        if params and name in INDEXED and not isinstance(ins[0], Act):
+            return [Derived(params, f"{name} at positions known only at run time") for _ in eqn.outvars]
+        if not acts:
+            return [CONST for _ in eqn.outvars]
+        if len(acts) == 1 and not params and name in TRANSPARENT:
+            return [acts[0] for _ in eqn.outvars]
+        return [self.fresh() for _ in eqn.outvars]
+
+    def _opaque(self, eqn: Any, ins: list, scope: str) -> None:
+        params = tuple(sorted(frozenset().union(*map(params_of, ins)) if ins else ()))
+        reason = f"tracing can't look into {eqn.primitive.name}"
+        reason += f"; it reads {', '.join(params)} unquantized" if params else "; it reads activations only"
+        self.opaque.append(Opaque(eqn.primitive.name, scope, params, reason))
+
+    # ------------------------------------------------------------------------------------ control flow
+
+    def _scan(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
+        p = eqn.params
+        body, _ = open_jaxpr(p["jaxpr"])
+        n_const, n_carry = p["num_consts"], p["num_carry"]
+        carry = self._carry(body, ins[n_const : n_const + n_carry], n_const)
+        xs = [self._layer(v, address) for v in ins[n_const + n_carry :]]
+        outs = self.run(body, [*ins[:n_const], *carry, *xs], (*address, 0), scope)
+        echo = {v: i for i, v in enumerate(body.invars)}
+        result = [carry[i] if carry[i] is ins[n_const + i] else self._blur(outs[i]) for i in range(n_carry)]
+        for v, out in zip(body.outvars[n_carry:], outs[n_carry:], strict=True):
+            source = None if isinstance(v, jex_core.Literal) else echo.get(v)
+            result.append(ins[source] if source is not None and source >= n_const + n_carry else self._blur(out))
+        return result
+
+    def _carry(self, body: Any, init: list, offset: int) -> list:
+        """Carried values inside a loop: one the body hands on unchanged stays what it was."""
+        same = [body.outvars[i] is body.invars[offset + i] for i in range(len(init))]
+        return [v if keep else self.fresh() for v, keep in zip(init, same, strict=True)]
+
+    def _layer(self, value: Any, address: Address) -> Any:
+        """What the body of the scan at `address` sees of a value that the scan iterates over."""
+        if isinstance(value, View):
+            layer = _view.scan_over(value)
+            if layer is None:
+                return Derived(frozenset({value.path}), "scan over part of an axis")
+            return dataclasses.replace(layer, scans=(*layer.scans, address))
+        if isinstance(value, Joined):
+            return Derived(params_of(value), "concatenate")
+        return self.fresh() if isinstance(value, Act) else value
+
+    def _blur(self, value: Any) -> Any:
+        params = params_of(value)
+        return Derived(params, "scan") if params else self.fresh() if isinstance(value, Act) else value
+
+    def _while(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
+        p = eqn.params
+        n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+        body, _ = open_jaxpr(p["body_jaxpr"])
+        init = ins[n_cond + n_body :]
+        carry = self._carry(body, init, n_body)
+        self.run(p["cond_jaxpr"], [*ins[:n_cond], *carry], (*address, 0), scope)
+        self.run(body, [*ins[n_cond : n_cond + n_body], *carry], (*address, 1), scope)
+        return [c if c is v else self.fresh() for c, v in zip(carry, init, strict=True)]
+
+    def _cond(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
+        branches = eqn.params["branches"]
+        outs = [self.run(b, ins[1:], (*address, i), scope) for i, b in enumerate(branches)]
+        return [self._meet(values) for values in zip(*outs, strict=True)]
+
+    def _meet(self, values: Sequence) -> Any:
+        if any(isinstance(v, Act) for v in values):
+            return self.fresh()
+        params = frozenset().union(*map(params_of, values))
+        return values[0] if all(v == values[0] for v in values) else Derived(params, "cond") if params else CONST
+
+    def _shard_map(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
+        inner, _ = open_jaxpr(eqn.params["jaxpr"])
+        local = [_local(v, a.aval.shape) for v, a in zip(ins, inner.invars, strict=True)]
+        return self.run(inner, local, (*address, 0), scope)
+
+    # ------------------------------------------------------------------------------------------- sites
+
+    def _site(self, eqn: Any, ins: list, address: Address, scope: str) -> bool:
+        op = DOTS[eqn.primitive.name]
+        sides = [0] if op == "gather" else [1, 0]
+        weight = next((i for i in sides if params_of(ins[i]) and isinstance(ins[1 - i], Act)), None)
+        if weight is None:
+            both = op != "gather" and all(isinstance(v, Act) for v in ins[:2])
+            if both:
+                key = f"activations#{next(self.pairs)}"
+                self.sites.append(Site(key, op, address, scope=scope, reason="multiplies two activations"))
+            return both
+        value, other = ins[weight], ins[1 - weight]
+        parts, axis = (value.parts, value.axis) if isinstance(value, Joined) else ((value,), None)
+        for part, v in enumerate(parts):
+            if params_of(v):
+                site = self._describe(eqn, op, weight, v, axis, address, scope)
+                shape = tuple(eqn.invars[1 - weight].aval.shape)
+                act = other.id if isinstance(other, Act) and op != "gather" else -1
+                self.sites.append(dataclasses.replace(site, part=part, activation=act, input_shape=shape))
+        return True
+
+    def _describe(
+        self, eqn: Any, op: str, weight: int, value: Any, joined: int | None, address: Address, scope: str
+    ) -> Site:
+        path = sorted(params_of(value))[0]
+        owner, _, _ = path.rpartition("/")
+        base = Site(path, op, address, path, operand=weight, module_path=owner, scope=scope)
+        base = dataclasses.replace(base, module=self.modules.get(owner))
+        if isinstance(value, Derived):
+            names = ", ".join(sorted(value.params))
+            why = f"the operand is computed from {names} by {value.by}, it isn't a rearrangement of one parameter"
+            return dataclasses.replace(base, reason=why)
+        view: View = value
+        base = dataclasses.replace(base, view=view, shape=view.origin, dtype=str(view.dtype))
+        if not np.issubdtype(view.dtype, np.floating) and "float" not in str(view.dtype):
+            return dataclasses.replace(base, reason=f"the parameter is {view.dtype}, not floating point")
+        roles = ROLES[op](eqn, weight, view)
+        if isinstance(roles, str):
+            return dataclasses.replace(base, reason=roles)
+        stack, rows, cols = ([a for d in dims for a in view.axes[d]] for dims in roles)
+        if joined is not None and joined not in roles[1]:
+            return dataclasses.replace(base, reason="concatenated along the contracted axis")
+        stack = (*view.scanned, *view.fixed, *stack)
+        return dataclasses.replace(base, stack=stack, rows=tuple(rows), cols=tuple(cols))
+
+
+TRANSPARENT = _view.SAME | {"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims"}
+
+
+def _local(value: Any, shape: tuple[int, ...]) -> Any:
+    """A view as one device of a shard_map sees it, None of whose axes are sharded; else it is derived."""
+    if isinstance(value, View) and value.shape != tuple(shape):
+        return _view.shard(value, shape) or Derived(frozenset({value.path}), "shard_map of part of an axis")
+    return value
+
+
+def _dot_roles(eqn: Any, weight: int, view: View) -> tuple | str:
+    contract, batch = (dims[weight] for dims in eqn.params["dimension_numbers"])
+    contract, batch = tuple(map(int, contract)), tuple(map(int, batch))
+    if not contract:
+        return "an outer product: nothing is contracted"
+    free = tuple(d for d in range(len(view.shape)) if d not in (*contract, *batch))
+    return batch, free, contract
+
+
+def _conv_roles(eqn: Any, weight: int, view: View) -> tuple | str:
+    if weight != 1:
+        return "the parameter is the convolution's left operand"
+    out, *rest = eqn.params["dimension_numbers"].rhs_spec
+    return (), (out,), tuple(sorted(rest))
+
+
+def _ragged_roles(eqn: Any, weight: int, view: View) -> tuple | str:
+    if weight != 1:
+        return "the parameter is the ragged dot's left operand"
+    if eqn.primitive.name == "ragged_dot":
+        return (0,), (2,), (1,)
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contract), (_, batch) = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    if len(groups) != 1:
+        return "a ragged dot whose contracted or batch dimension is ragged"
+    used = (*contract, *batch, *groups)
+    return (*groups, *batch), tuple(d for d in range(len(view.shape)) if d not in used), tuple(contract)
+
+
+def _gather_roles(eqn: Any, weight: int, view: View) -> tuple | str:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    rows = tuple(numbers.start_index_map)
+    whole = all(sizes[d] == n for d, n in enumerate(view.shape) if d not in rows)
+    simple = rows == tuple(numbers.collapsed_slice_dims) and rows == (0,) and not numbers.operand_batching_dims
+    if not simple or not whole or len(view.shape) < 2:
+        return "a gather that doesn't pick whole rows of a table"
+    return (), rows, tuple(d for d in range(len(view.shape)) if d not in rows)
+
+
+ROLES: Mapping[str, Callable] = {
+    "dot_general": _dot_roles,
+    "conv": _conv_roles,
+    "ragged_dot": _ragged_roles,
+    "gather": _gather_roles,
+}
+"""(stack, rows, cols): which axes of the weight operand are batch, output and contracted; or why not."""
+
+
+def walk(jaxpr: Any, leaves: Sequence[Any], modules: Mapping[str, str]) -> tuple[list[Site], list[Opaque]]:
+    """The sites of `jaxpr`; `leaves` holds a View for each invar that is a parameter, None for inputs."""
+    walker = _Walk(modules)
+    walker.run(jaxpr, [walker.fresh() if v is None else v for v in leaves], (), "")
+    return _name(walker.sites), walker.opaque
+
+
+def _name(sites: list[Site]) -> list[Site]:
+    """Gives further uses of a parameter their own keys, and every site what else reads its parameter."""
+    used: dict[str, set[str]] = {}
+    for s in sites:
+        if s.path is not None:
+            used.setdefault(s.path, set()).add(s.op)
+    count: dict[str, int] = {}
+    named = []
+    for s in sites:
+        count[s.key] = count.get(s.key, 0) + 1
+        key = s.key if count[s.key] == 1 else f"{s.key}#{count[s.key]}"
+        named.append(dataclasses.replace(s, key=key, used_by=frozenset(used.get(s.path or "", ()))))
+    return named
+
+
+def split_static(tree: Any) -> tuple[list, Callable[[list], Any], Any]:
+    """(arrays, rebuild, key): the array leaves, how to put them back, and a hashable key of all that is static."""
+    leaves, treedef = jax.tree.flatten(tree)
+    dynamic = [hasattr(x, "dtype") and hasattr(x, "shape") for x in leaves]
+    arrays = [x for x, d in zip(leaves, dynamic, strict=True) if d]
+    still = tuple(None if d else x for x, d in zip(leaves, dynamic, strict=True))
+
+    def rebuild(arrays: list) -> Any:
+        left = iter(arrays)
+        return treedef.unflatten([next(left) if d else s for s, d in zip(still, dynamic, strict=True)])
+
+    key = (treedef, tuple(dynamic), tuple((type(s), s) for s in still))
+    return arrays, rebuild, key
+
+
+def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple[Any, Any, list[View | None]]:
+    """(closed jaxpr, output tree, a View or None for each invar) of the model at these shapes."""
+    arrays, rebuild, _ = split_static((inputs, kwargs))
+
+    def call(params: Any, arrays: list) -> Any:
+        args, keywords = rebuild(arrays)
+        return function.call(params, *args, **keywords)
+
+    closed, out = jax.make_jaxpr(call, return_shape=True)(params, arrays)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    rest = len(closed.in_avals) - len(flat)
+    views: list[View | None] = [
+        None if (p := function.path_of(path)) is None else _view.whole(p, leaf.shape, leaf.dtype)
+        for path, leaf in flat
+    ]
+    return closed, out, [*views, *([None] * rest)]
+
+
+def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
+    """The graph of a model at the shapes of `inputs`: nothing is computed, no weight needs to be in memory."""
+    with function.watch() as modules:
+        closed, _, views = stage(function, function.params, inputs, kwargs)
+    sites, opaque = walk(closed, views, modules)
+    flat, _ = jax.tree_util.tree_flatten_with_path(function.params)
+    parameters = {
+        p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in flat
+        if (p := function.path_of(path)) is not None
+    }
+    return Graph(function, tuple(sites), tuple(opaque), parameters)

@@ -1,0 +1,208 @@
+"""Number formats as data: what an element is, how many share a scale, how the scale is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from jqopt.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """The set of values one code can stand for.
+
+    `max` is the largest value a scale is made for; `min` the smallest code value kept (int8 keeps -128 although its
+    scale is amax / 127). `signed_zero`: -0.0 keeps its sign bit (as IEEE-like casts to fp8 do); otherwise it becomes +0.
+    """
+
+    name: str
+    bits: int
+    max: float
+    kind: str
+    min: float
+    exponent_bits: int = 0
+    mantissa_bits: int = 0
+    bias: int = 0
+    table: tuple[float, ...] = ()
+    signed_zero: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleFormat:
+    """How a block's scale is stored: float32, e4m3 bits (times a global scale), or e8m0 (a power of two)."""
+
+    name: str
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A number format: an element, the block of elements that shares a scale, and the scale's own format.
+
+    `block`: an int b (b elements along the contracted axis), a pair (rows, contracted), or None: one scale for a
+    channel or for the whole tensor, by granularity.
+    """
+
+    name: str
+    element: Element
+    block: int | tuple[int, int] | None
+    scale: ScaleFormat
+    global_scale: bool = False
+    zero_point: bool = False
+
+    @property
+    def tile(self) -> tuple[int, int] | None:
+        """`block` as (rows, contracted), or None."""
+        return (1, self.block) if isinstance(self.block, int) else self.block
+
+    @property
+    def granularity(self) -> str:
+        """Which values share a scale unless one says otherwise: "block"; without a block "tensor" (fp8) or "channel"."""
+        if self.block is not None:
+            return "block"
+        return "tensor" if self.element.kind == "float" else "channel"
+
+    def with_block(self, block: int | tuple[int, int] | list[int] | None) -> Format:
+        """This format with another block size.
+
+        Raises:
+            UnsupportedError: the block is not a positive int or a pair of them, or it is None for a format whose
+                scales are not float32 (those need a block).
+        """
+        pair = tuple(block) if isinstance(block, list | tuple) else block
+        sizes = pair if isinstance(pair, tuple) else (pair,) if pair is not None else ()
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(sizes) > 2 or pair == ():
+            raise UnsupportedError(
+                f"format {self.name!r}: block {block!r} is not a block size; "
+                "write a positive whole number, or a pair [rows, columns]"
+            )
+        if pair is None and self.scale.name != "float32":
+            raise UnsupportedError(
+                f"format {self.name!r} stores its scales as {self.scale.name} and needs a block; write a number, "
+                f"such as {self.block}"
+            )
+        if isinstance(pair, tuple) and len(pair) == 1:
+            pair = pair[0]
+        return dataclasses.replace(self, block=pair)
+
+    def scale_shape(self, n: int, k: int, granularity: str | None = None) -> tuple[int, int]:
+        """The shape of the scales of a matrix [n, k]."""
+        rows, cols = self.tile_for(n, k, granularity)
+        return ceil_div(n, rows), ceil_div(k, cols)
+
+    def tile_for(self, n, k, granularity: str | None = None) -> tuple:
+        """(rows, columns) that share one scale in a matrix [n, k].
+
+        Raises:
+            UnsupportedError: an unknown granularity, or one this format cannot have.
+        """
+        granularity = granularity or self.granularity
+        if granularity == "block" and self.tile is not None:
+            return self.tile
+        if granularity in ("channel", "token", "tensor") and self.scale.name == "float32":
+            return (n, k) if granularity == "tensor" else (1, k)
+        if granularity not in GRANULARITIES:
+            raise UnsupportedError(_unknown("granularity", granularity, GRANULARITIES))
+        reason = (
+            "it has no block size; write format.with_block(128), or 'block: 128' in a recipe"
+            if granularity == "block"
+            else f"its {self.scale.name} scales belong to blocks of {self.block}; write 'block'"
+        )
+        raise UnsupportedError(f"format {self.name!r} cannot have granularity {granularity!r}: {reason}")
+
+    def bits_per_value(self, n: int, k: int, granularity: str | None = None) -> float:
+        """Stored bits per value of a matrix [n, k]: codes, padding of the last byte, scales and zero points."""
+        codes = n * (-(-k * self.element.bits // 8) * 8)
+        rows, cols = self.scale_shape(n, k, granularity)
+        scales = rows * cols * (self.scale.bits + (8 if self.zero_point else 0))
+        return (codes + scales + (32 if self.global_scale else 0)) / max(n * k, 1)
+
+
+def ceil_div(size, part):
+    """How many parts cover a size; a part as large as the size covers it, also where both are 0 or symbolic."""
+    if part == 1 or size == part:
+        return size if part == 1 else 1
+    return -(-size // part)
+
+
+GRANULARITIES = ("tensor", "channel", "token", "block")
+
+# Values of the 4-bit NormalFloat: quantiles of N(0, 1) scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+# OCP 8-bit Floating Point (OFP8) and Microscaling (MX) v1.0; e4m3 is the "fn" form (no infinity).
+E2M1 = Element("e2m1", 4, 6.0, "float", -6.0, 2, 1, 1)
+E3M2 = Element("e3m2", 6, 28.0, "float", -28.0, 3, 2, 3, signed_zero=True)
+E2M3 = Element("e2m3", 6, 7.5, "float", -7.5, 2, 3, 1, signed_zero=True)
+E4M3 = Element("e4m3", 8, 448.0, "float", -448.0, 4, 3, 7, signed_zero=True)
+E5M2 = Element("e5m2", 8, 57344.0, "float", -57344.0, 5, 2, 15, signed_zero=True)
+INT8 = Element("int8", 8, 127, "int", -128)
+INT8_SYMMETRIC = Element("int8_symmetric", 8, 127, "int", -127)
+INT4 = Element("int4", 4, 7, "int", -8)
+UINT4 = Element("uint4", 4, 15, "int", 0)
+NF4 = Element("nf4", 4, 1.0, "table", -1.0, table=_NF4)
+
+FLOAT32 = ScaleFormat("float32", 32)
+SCALE_E4M3 = ScaleFormat("e4m3", 8)
+E8M0 = ScaleFormat("e8m0", 8)
+
+_FORMATS = {
+    f.name: f
+    for f in (
+        Format("int8", INT8, None, FLOAT32),
+        Format("int4", INT4, 128, FLOAT32),
+        Format("uint4", UINT4, 128, FLOAT32, zero_point=True),
+        Format("fp8", E4M3, None, FLOAT32),
+        Format("fp8_e5m2", E5M2, None, FLOAT32),
+        Format("fp8_block", E4M3, (128, 128), FLOAT32),
+        Format("nvfp4", E2M1, 16, SCALE_E4M3, global_scale=True),
+        Format("mxfp8", E4M3, 32, E8M0),
+        Format("mxfp6", E3M2, 32, E8M0),
+        Format("mxfp6_e2m3", E2M3, 32, E8M0),
+        Format("mxfp4", E2M1, 32, E8M0),
+        Format("mxint8", INT8_SYMMETRIC, 32, E8M0),
+        Format("nf4", NF4, 64, FLOAT32),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all formats, as recipes and manifests spell them."""
+    return tuple(_FORMATS)
+
+
+def get(name: str | Format) -> Format:
+    """The format called `name` (a Format is returned as it is).
+
+    Raises:
+        UnsupportedError: no such format; the message gives the nearest name and lists all.
+    """
+    if isinstance(name, Format):
+        return name
+    if name not in _FORMATS:
+        raise UnsupportedError(_unknown("format", name, names()))
+    return _FORMATS[name]
+
+
+def _unknown(what: str, found: object, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(found).lower(), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {found!r}{hint} Known: {', '.join(known)}"

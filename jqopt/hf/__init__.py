@@ -1,0 +1,112 @@
+"""Hugging Face checkpoint folders, read into Flax models: `module, variables = load_model(folder)`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jqopt.errors import CheckpointError, UnsupportedError
+from jqopt.hf import families
+from jqopt.hf.families import Family, Place
+from jqopt.hf.safetensors import Entry, open_folder
+
+__all__ = ["load_config", "load_model"]
+
+Variables = dict[str, Any]
+
+
+def load_config(folder: str | Path) -> tuple[Family, Any]:
+    """The family of a checkpoint folder and its parsed configuration; no weights are read.
+
+    Raises CheckpointError where config.json is missing or no JSON object, UnsupportedError where the model is of an
+    unknown family, or already quantized.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: found no config.json; expected a Hugging Face checkpoint folder")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its JSON cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: its JSON is a {type(config).__name__}; expected an object")
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"{path}: has a quantization_config, so the weights are quantized already; load the original checkpoint"
+        )
+    family = families.find(config)
+    return family, family.parse(config)
+
+
+def load_model(
+    folder: str | Path, *, scan_layers: bool = False, dtype: Any = jnp.float32
+) -> tuple[nn.Module, Variables]:
+    """The Flax module of a Hugging Face checkpoint folder, and its variables {"params": ...}.
+
+    Parameters and computation are in `dtype`; float32 holds a bfloat16 checkpoint exactly. With `scan_layers` the
+    blocks are one `nn.scan` and their parameters carry a leading layer axis. Tensors are read one at a time.
+
+    Raises UnsupportedError for families and settings that are not known, CheckpointError where a tensor is missing,
+    unexpected, or of another shape than the configuration says.
+    """
+    family, config = load_config(folder)
+    module = family.build(config, scan_layers, dtype)
+    entries = open_folder(Path(folder))
+    places = family.places(config, scan_layers)
+    _check_names(Path(folder), family, config, places, entries)
+    template = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    shapes = traverse_util.flatten_dict(template["params"], sep="/")
+    leaves = {place.path: _read(place, entries, shapes[place.path].shape, dtype) for place in places}
+    return module, {"params": traverse_util.unflatten_dict(leaves, sep="/")}
+
+
+def _check_names(
+    folder: Path, family: Family, config: Any, places: tuple[Place, ...], entries: Mapping[str, Entry]
+) -> None:
+    expected = {tensor for place in places for tensor in place.tensors}
+    copies = family.copies(config)
+    missing = sorted(expected - set(entries))
+    extra = sorted(n for n in set(entries) - expected - set(copies) if not n.endswith(family.derived))
+    for names, fault in ((missing, "missing"), (extra, "unexpected")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: tensor {names[0]}{more} {fault}: the checkpoint does not fit the {family.name!r} model that "
+                f"its config.json describes ({len(expected)} tensors expected, {len(entries)} found)"
+            )
+    for copy, original in copies.items():
+        if copy in entries and not np.array_equal(entries[copy].read(), entries[original].read()):
+            raise CheckpointError(
+                f"{folder}: {copy} differs from {original}, which config.json says is the same matrix; if they are two, "
+                'write "tie_word_embeddings": false there'
+            )
+
+
+def _read(place: Place, entries: Mapping[str, Entry], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """One Flax parameter of the given shape. Filled layer by layer, so that only it and one tensor are in memory."""
+    filled = np.empty(shape, dtype)
+    parts = filled if place.stacked else filled[None]
+    for part, tensor in zip(parts, place.tensors, strict=True):
+        part[...] = _oriented(entries[tensor], place, part.shape)
+    return jnp.asarray(filled)
+
+
+def _oriented(entry: Entry, place: Place, shape: tuple[int, ...]) -> np.ndarray:
+    expected = shape[::-1] if place.transpose else shape
+    if entry.shape != expected:
+        raise CheckpointError(
+            f"{entry.file}: {entry.name} has shape {list(entry.shape)}; config.json asks for {list(expected)}"
+        )
+    if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
+        raise UnsupportedError(
+            f"{entry.file}: {entry.name} is stored as {entry.dtype}; expected float16, bfloat16, float32 or float64. "
+            "Already quantized weights cannot be quantized again: load the original checkpoint"
+        )
+    tensor = entry.read()
+    return tensor.T if place.transpose else tensor

@@ -1,0 +1,121 @@
+"""Codes and scale bits -> f32 by integer operations alone, in forms that XLA vectorizes.
+
+Float elements are placed in the bits of a float16, whose subnormals survive where a float32 or bfloat16 of the same
+bits would be flushed to zero (XLA flushes those on CPU): the value is then exact up to a power of two, `unit`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .reference import NF4
+
+
+class Coding(NamedTuple):
+    """How an element's code is read: bits in all, bits of mantissa and exponent bias (floats only)."""
+
+    bits: int
+    mantissa: int | None = None
+    bias: int | None = None
+
+
+CODINGS = {
+    "int8": Coding(8),
+    "int4": Coding(4),
+    "uint4": Coding(4),
+    "nf4": Coding(4),
+    "e2m1": Coding(4, 1, 1),
+    "e2m3": Coding(6, 3, 1),
+    "e3m2": Coding(6, 2, 3),
+    "e4m3": Coding(8, 3, 7),
+    "e5m2": Coding(8, 2, 15),
+}
+
+
+def unit(element: str) -> float:
+    """The power of two that `raw` leaves out: value = raw * unit."""
+    bias = CODINGS[element].bias
+    return 1.0 if bias is None else 2.0 ** (15 - bias)
+
+
+def raw(codes: jax.Array, element: str) -> jax.Array:
+    """Codes, one a byte, any shape -> f32 values divided by `unit(element)`. The NaN codes of e4m3 become +-480."""
+    bits, mantissa, _ = CODINGS[element]
+    if element == "nf4":
+        return _nf4(codes)
+    if element == "uint4":
+        return codes.astype(jnp.float32)
+    if mantissa is None:
+        return _signed(codes, bits).astype(jnp.float32)
+    word, sign = codes.astype(jnp.uint16), 1 << (bits - 1)
+    half = ((word & sign) << (16 - bits)) | ((word & (sign - 1)) << (10 - mantissa))
+    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
+
+
+def values(codes: jax.Array, element: str) -> jax.Array:
+    """Codes, one a byte -> exact f32 values, NaN where the format has NaN."""
+    out = raw(codes, element)
+    if element == "e4m3":
+        out = jnp.where((codes & 0x7F) == 0x7F, jnp.nan, out)
+    return out if unit(element) == 1.0 else out * unit(element)
+
+
+def scales(scale: jax.Array, kind: str | None) -> jax.Array:
+    """Stored scales -> f32: float32 as it is, uint8 bits of e4m3, or e8m0 = 2^(byte - 127).
+
+    XLA on CPU flushes the one subnormal scale (e8m0 byte 0) to zero.
+    """
+    if scale.dtype != jnp.uint8:
+        return scale.astype(jnp.float32)
+    if kind == "e4m3":
+        return values(scale, "e4m3")
+    bits = jnp.where(scale == 0, jnp.uint32(1 << 22), scale.astype(jnp.uint32) << 23)
+    return jnp.where(scale == 255, jnp.nan, lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def per_unit(element: str) -> int:
+    """How many planes `planes` gives: 1, 2 (4-bit) or 4 (6-bit)."""
+    return {8: 1, 4: 2, 6: 4}[CODINGS[element].bits]
+
+
+def planes(data: jax.Array, element: str) -> list[jax.Array]:
+    """Packed codes [rows, k_packed] -> P arrays of codes; array p holds the columns p, p + P, p + 2 P ... of k.
+
+    Splitting instead of interleaving leaves every step elementwise; the other operand is split the same way.
+    """
+    bits = CODINGS[element].bits
+    if bits == 4:
+        return [data & 15, data >> 4]
+    if bits == 6:
+        b0, b1, b2 = (data[:, i::3] for i in range(3))
+        return [b0 & 63, (b0 >> 6) | ((b1 & 15) << 2), (b1 >> 4) | ((b2 & 3) << 4), b2 >> 2]
+    return [data]
+
+
+def unpack(data: jax.Array, element: str, k: int) -> jax.Array:
+    """Packed codes [rows, k_packed] -> one code a byte [rows, k]."""
+    parts = planes(data, element)
+    if len(parts) == 1:
+        return data[:, :k]
+    return jnp.stack(parts, axis=-1).reshape(data.shape[0], -1)[:, :k]
+
+
+def _signed(codes: jax.Array, bits: int) -> jax.Array:
+    """Two's complement of `bits` bits -> int8. For 4 bits both nibbles and sign-extended bytes are read."""
+    if bits == 8:
+        return codes if codes.dtype == jnp.int8 else lax.bitcast_convert_type(codes, jnp.int8)
+    return ((codes.astype(jnp.int8) & 15) ^ 8) - 8
+
+
+def _nf4(codes: jax.Array) -> jax.Array:
+    """Binary tree of selects: a gather would be one scalar load an element."""
+    level = [jnp.float32(v) for v in np.array(NF4, np.float32)]
+    for bit in range(4):
+        chosen = (codes & (1 << bit)) != 0
+        level = [jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]

@@ -1,0 +1,20 @@
+"""The ground all tests stand on: eight CPU devices, strict promotion, repeatable hypothesis runs.
+
+The environment must be set before the first import of JAX, hence here, outside any function. A value that the
+caller has set stays, so that a GPU machine can run `JAX_PLATFORMS=cuda pytest tests/kernels`.
+"""
+
+import os
+
+import hypothesis
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+# No deadline: the first example compiles, the next ones don't. Derandomized: a red run can be repeated.
+hypothesis.settings.register_profile("jqopt", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("jqopt")
