@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqopt import _jaxpr, _ops, _trace, _view
-from jqopt._jaxpr import Address, QConcat, QView, State
+from jqopt._jaxpr import Address, QConcat, QView, State, layout_atoms
 from jqopt._plan import Decision, Plan
-from jqopt._qtensor import Layout, QTensor
+from jqopt._qtensor import QTensor
 from jqopt._trace import Site
 from jqopt._view import Atom, View
 from jqopt.errors import PlanError
@@ -166,6 +166,9 @@ class Sited:
         below = self.below.get(address, ())
         return frozenset(s.path for s in below if s.path is not None and address in s.scans)
 
+    def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
+        return after
+
 
 class Executor(Sited):
     """The quantizing rule: at a site with a packed weight, run the quantized op."""
@@ -180,9 +183,9 @@ class Executor(Sited):
         weight = values[site.operand]
         if isinstance(weight, QConcat):
             return [self._joined(eqn, values, found, weight)], state
-        if not isinstance(weight, QView):
+        if not _jaxpr.is_quantized(weight):
             return _jaxpr.bind(eqn, values), state
-        run = OPS[site.op]
+        run = OPS[site.op] if isinstance(weight, QView) else DECODED[site.op]
         return [run(self, eqn, values, site, found[0][1], eqn.outvars[0].aval)], state
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
@@ -259,15 +262,6 @@ class _Match(NamedTuple):
     batch: list[Atom]
     free: list[Atom]
     contract: list[Atom]
-
-
-def layout_atoms(layout: Layout) -> tuple[Atom, ...]:
-    """The atoms of a packed layout as views write them."""
-    out = []
-    for axis, indices in enumerate(layout.axes()):
-        sizes = [layout.atoms[i] for i in indices]
-        out += [Atom(axis, math.prod(sizes[j + 1 :]), n, 0, n) for j, n in enumerate(sizes)]
-    return tuple(out)
 
 
 def _match(weight: QView, batch: Sequence[int], contract: Sequence[int]) -> _Match | None:
@@ -351,9 +345,11 @@ def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -
     spec = decision.input_format
     if spec is None:
         return x
-    scale = weight.tensor.input_scale if spec.static else None
-    for atom in weight.view.fixed if scale is not None and scale.ndim else ():
-        scale = scale[atom.start]
+    scale = None
+    if spec.static:
+        scale = weight.tensor.input_scale if isinstance(weight, QView) else weight.input_scale
+        for atom in weight.view.fixed if isinstance(weight, QView) and scale.ndim else ():
+            scale = scale[atom.start]
     keep = [i for i in range(x.ndim) if i not in axes]
     order = [*keep, *axes]
     moved = x.transpose(order)
@@ -394,9 +390,23 @@ def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     return jnp.where(valid.reshape(*valid.shape, *([1] * len(trailing))), rows, jnp.asarray(fill, out.dtype))
 
 
+def _lookup(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
+    """A table lookup in a decoded table."""
+    return _jaxpr.bind(eqn, values)[0]
+
+
 OPS: Mapping[str, Callable[..., jax.Array]] = {
     "dot_general": _dot,
     "conv": _conv,
     "ragged_dot": _ragged,
     "gather": _gather,
 }
+"""What to do with a packed weight at each kind of site."""
+
+DECODED: Mapping[str, Callable[..., jax.Array]] = {
+    "dot_general": _decoded,
+    "conv": _conv,
+    "ragged_dot": _ragged,
+    "gather": _lookup,
+}
+"""What to do where the weight had to be decoded before."""

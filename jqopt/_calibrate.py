@@ -52,6 +52,11 @@ class Observer(Sited):
         return _jaxpr.bind(eqn, values), state
 
 
+    def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
+        by_path = {s.path: d for found in self.at.values() for s, d in found}
+        return {p: algorithm_of(by_path[p]).allreduce(before[p], after[p], axes) for p in after}
+
+
 def _update_at(state: Any, index: tuple[int, ...], update: Callable[[Any], Any]) -> Any:
     if not index:
         return update(state)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from jax.extend import core as jex_core
+from jax.sharding import PartitionSpec
 
 from jqopt import _view
-from jqopt._qtensor import QTensor
+from jqopt._qtensor import Layout, QTensor
 
 Address = tuple[int, ...]
 """Where an equation stands: its index in the outermost jaxpr, then, for each call it sits in, (branch, index)."""
@@ -36,6 +38,18 @@ class QView:
         return self.view.materialize(self.tensor.dequantize())
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "input_scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QDense:
+    """A quantized parameter that had to be decoded on its way (a shard_map would cut its blocks)."""
+
+    array: jax.Array
+    input_scale: jax.Array | None
+
+    def dense(self) -> jax.Array:
+        return self.array
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class QConcat:
@@ -50,11 +64,11 @@ class QConcat:
 
 def dense(value: Any) -> Any:
     """The plain array behind a value of the evaluator."""
-    return value.dense() if isinstance(value, QView | QConcat) else value
+    return value.dense() if isinstance(value, QView | QConcat | QDense) else value
 
 
 def is_quantized(value: Any) -> bool:
-    return isinstance(value, QView | QConcat)
+    return isinstance(value, QView | QConcat | QDense)
 
 
 class Rule(Protocol):
@@ -72,6 +86,10 @@ class Rule(Protocol):
 
     def state_below(self, address: Address) -> frozenset[str]:
         """Paths whose state sites inside this equation read or change."""
+        ...
+
+    def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
+        """State that devices of a shard_map have updated each on its own data, made the same on all of them."""
         ...
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]: ...
@@ -165,6 +183,8 @@ def _rearranged(eqn: Any, values: list) -> list:
     """Follows quantized parameters through casts, reshapes, transposes and slices without touching their data."""
     if eqn.primitive.name == "concatenate":
         return [QConcat(tuple(values), eqn.params["dimension"])]
+    if len(values) == 1 and isinstance(values[0], QDense):
+        return [QDense(out, values[0].input_scale) for out in bind(eqn, values)]
     views = [v.view if isinstance(v, QView) else None for v in values]
     found = _view.through(eqn.primitive.name, eqn.params, views, [o.aval for o in eqn.outvars])
     if any(v is None for v in found):
@@ -275,4 +295,109 @@ def _cond(eqn: Any, values: list, rule: Rule, state: State, address: Address) ->
     return jax.lax.switch(index, branches, operands, state)
 
 
-CONTROL: Mapping[str, Callable] = {"scan": _scan, "while": _while, "cond": _cond}
+def _shard_map(eqn: Any, values: list, rule: Rule, state: State, address: Address) -> tuple[list, State]:
+    p = eqn.params
+    mesh, specs = p["mesh"], tuple(p["in_specs"])
+    feed, placed = zip(*(_placed(v, s, mesh) for v, s in zip(values, specs, strict=True)), strict=True)
+    inner, _ = open_jaxpr(p["jaxpr"])
+    mine = rule.state_below(address)
+    kept, seen = ({k: v for k, v in state.items() if (k in mine) is here} for here in (False, True))
+    axes = tuple(p["newly_manual_axes"])
+
+    def body(args: tuple, seen: State) -> tuple[list, State]:
+        local = [_localized(a, v.aval.shape) for a, v in zip(args, inner.invars, strict=True)]
+        outs, after = evaluate(p["jaxpr"], local, rule, seen, (*address, 0))
+        return [dense(o) for o in outs], rule.allreduce(seen, after, axes)
+
+    run = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(placed, PartitionSpec()),
+        out_specs=(list(p["out_specs"]), PartitionSpec()),
+        check_vma=p["check_vma"],
+        axis_names=set(axes),
+    )
+    outs, seen = run(feed, seen)
+    return outs, {**kept, **seen}
+
+
+def _placed(value: Any, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any]:
+    """(value, its partition specs): packed leaves are sharded as the parameter is, where its layout allows it."""
+    if not isinstance(value, QView):
+        return dense(value), spec
+    specs = leaf_specs(value, spec, mesh)
+    if specs is not None:
+        return value, specs
+    scale = value.tensor.input_scale
+    return QDense(value.dense(), scale), QDense(spec, None if scale is None else PartitionSpec())  # type: ignore[arg-type]
+
+
+def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
+    """The partition specs of a packed parameter's leaves, as a QView of specs; None if a block would be cut."""
+    view, tensor = value.view, value.tensor
+    layout = tensor.layout
+    atoms = layout_atoms(layout)
+    where: dict[int, Any] = {}  # dimension of the data -> mesh axes
+    ndim = tensor.data.ndim
+    for axis, names in zip(view.axes, spec, strict=False):
+        if names is None:
+            continue
+        if tensor.data.ndim - 2 != len(layout.stack) or not axis or axis[0] not in atoms:
+            return None
+        times = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
+        index = atoms.index(axis[0])
+        if index in layout.stack:
+            where[layout.stack.index(index)] = names
+        elif layout.rows[:1] == (index,) and layout.n % times == 0:
+            where[ndim - 2] = names
+        elif layout.cols[:1] == (index,) and _divides(tensor, layout.k // times):
+            where[ndim - 1] = names
+        else:
+            return None
+
+    def of(leaf: Any, dims: Sequence[int]) -> PartitionSpec | None:
+        """`dims`: which dimension of the data each dimension of this leaf follows; length one is replicated."""
+        if leaf is None:
+            return None
+        return PartitionSpec(*(where.get(d) if n > 1 else None for d, n in zip(dims, leaf.shape, strict=True)))
+
+    if ndim - 2 in where and tensor.scale.shape[-2] not in (1, layout.n):
+        return None
+    stack = range(ndim - 2)
+    fields = {name: of(getattr(tensor, name), range(ndim)) for name in ("data", "scale", "zero_point")}
+    fields["global_scale"] = of(tensor.global_scale, stack)
+    fields["input_scale"] = None if tensor.input_scale is None else of(tensor.input_scale, stack[: tensor.input_scale.ndim])
+    fields["pre_scale"] = of(tensor.pre_scale, [*stack, ndim - 1])
+    return QView(tensor.replace(**fields), view)
+
+
+def _divides(tensor: QTensor, k: int) -> bool:
+    """May the packed columns be cut into pieces of k? Bytes and blocks must stay whole."""
+    tile = tensor.format.tile if tensor.granularity == "block" else None
+    return k % {8: 1, 6: 4, 4: 2}[tensor.format.element.bits] == 0 and (tile is None or k % tile[1] == 0)
+
+
+def _localized(value: Any, shape: Sequence[int]) -> Any:
+    """A QView whose leaves are one device's: its layout and view shrink with them."""
+    if not isinstance(value, QView) or tuple(value.view.shape) == tuple(shape):
+        return value
+    view = _view.shard(value.view, shape)
+    assert view is not None, "leaf_specs() admits only axes that can be sharded"
+    layout = value.tensor.layout
+    atoms = list(layout.atoms)
+    for axis, indices in enumerate(layout.axes()):
+        atoms[indices[0]] = atoms[indices[0]] * view.origin[axis] // layout.shape[axis]
+    local = dataclasses.replace(layout, shape=view.origin, atoms=tuple(atoms))
+    return QView(value.tensor.replace(layout=local), view)
+
+
+def layout_atoms(layout: Layout) -> tuple[_view.Atom, ...]:
+    """The atoms of a packed layout as views write them."""
+    out = []
+    for axis, indices in enumerate(layout.axes()):
+        sizes = [layout.atoms[i] for i in indices]
+        out += [_view.Atom(axis, math.prod(sizes[j + 1 :]), n, 0, n) for j, n in enumerate(sizes)]
+    return tuple(out)
+
+
+CONTROL: Mapping[str, Callable] = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}

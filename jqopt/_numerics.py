@@ -75,26 +75,26 @@ def round_to(x: Array, element: Element) -> Array:
     if element.kind == "table":
         return _select(_count_above(x, element), element.table)
     sign, exponent, steps = _round_steps(x, element)
-    magnitude = steps * _from_bits((exponent - element.mantissa_bits) << 23)
-    return _from_bits(_to_bits(magnitude) | sign)
+    magnitude = steps * from_bits((exponent - element.mantissa_bits) << 23)
+    return from_bits(to_bits(magnitude) | sign)
 
 
-def _to_bits(x: Array) -> Array:
+def to_bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
-def _from_bits(bits: Array) -> Array:
+def from_bits(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _round_steps(x: Array, element: Element) -> tuple[Array, Array, Array]:
     """Sign bit, float32 exponent field of the value's binade, and |x| as a whole number of the binade's steps."""
-    bits = _to_bits(x)
+    bits = to_bits(x)
     largest = int(np.float32(element.max).view(np.uint32))
     magnitude = jnp.minimum(bits & _MAGNITUDE, largest)
     exponent = jnp.maximum(magnitude >> 23, 128 - element.bias)
-    inv_step = _from_bits((254 + element.mantissa_bits - exponent) << 23)
-    steps = jnp.round(_from_bits(magnitude) * inv_step)
+    inv_step = from_bits((254 + element.mantissa_bits - exponent) << 23)
+    steps = jnp.round(from_bits(magnitude) * inv_step)
     sign = bits & np.uint32(_SIGN)
     if not element.signed_zero:
         sign = jnp.where(magnitude < _SMALLEST_NORMAL, 0, sign)
@@ -179,7 +179,7 @@ def _pad_last(x: Array, multiple: int) -> Array:
 # Tiles: the values that share a scale -------------------------------------------------------------------------------
 
 
-def _to_tiles(x: Array, tile: tuple) -> Array:
+def to_tiles(x: Array, tile: tuple) -> Array:
     """[..., n, k] -> [..., ceil(n/rows), rows, ceil(k/cols), cols], padded with zeros where the last tile is short."""
     (*lead, n, k), (rows, cols) = x.shape, tile
     if _one_tile(n, rows) and _one_tile(k, cols):
@@ -196,12 +196,12 @@ def _one_tile(size, tile) -> bool:
     return tile is size or tile == size
 
 
-def _from_tiles(tiles: Array, n: int, k: int) -> Array:
+def from_tiles(tiles: Array, n: int, k: int) -> Array:
     *lead, a, rows, b, cols = tiles.shape
     return tiles.reshape(*lead, a * rows, b * cols)[..., :n, :k]
 
 
-def _spread(per_tile: Array) -> Array:
+def spread(per_tile: Array) -> Array:
     """[..., rows, cols] -> [..., rows, 1, cols, 1], to meet tiles."""
     return per_tile[..., :, None, :, None]
 
@@ -253,7 +253,7 @@ def _exponent_from_amax(amax: Array, largest: float) -> Array:
     This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the OCP text
     rounds it down.
     """
-    ratio = _to_bits(divide(amax, largest))
+    ratio = to_bits(divide(amax, largest))
     exponent = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).astype(jnp.uint32)
     exponent = jnp.where(ratio >= 0x7F800000, 127, exponent)
     return jnp.where(ratio < _SMALLEST_NORMAL, 0, exponent).astype(jnp.uint8)
@@ -263,7 +263,7 @@ def decode_scale(scale: Array, format: Format) -> Array:
     """Stored scales as float32 (the global scale is not included); an e8m0 of 2^-127 reads as 0."""
     if format.scale.name == "e4m3":
         return decode(scale, E4M3)
-    return _from_bits(scale.astype(jnp.uint32) << 23) if format.scale.name == "e8m0" else scale
+    return from_bits(scale.astype(jnp.uint32) << 23) if format.scale.name == "e8m0" else scale
 
 
 class _Scales(NamedTuple):
@@ -338,7 +338,7 @@ def quantize_matrix(
         codes = _shifted(scaled, scales.zero_point, format).astype(jnp.uint8)
     else:
         codes = encode(scaled, format.element)
-    data = _from_tiles(codes, *x.shape[-2:])
+    data = from_tiles(codes, *x.shape[-2:])
     data = pack(data, format.element.bits) if packed else data
     return Codes(data, scales.stored, scales.global_scale, scales.zero_point)
 
@@ -349,15 +349,15 @@ def dequantize_matrix(
     """float32 [..., n, k] of packed codes [..., n, ceil(k * bits / 8)] and what `quantize_matrix` gave with them."""
     n = data.shape[-2]
     codes = unpack(data, format.element.bits, k)
-    tiles = decode(_to_tiles(codes, _tile_of(scale.shape, n, k, format)), format.element)
+    tiles = decode(to_tiles(codes, _tile_of(scale.shape, n, k, format)), format.element)
     if zero_point is not None:
-        tiles = tiles - _spread(zero_point.astype(jnp.float32))
+        tiles = tiles - spread(zero_point.astype(jnp.float32))
     if format.scale.name == "e8m0":
-        return _from_tiles(_times_power(tiles, _spread(scale)), n, k)
+        return from_tiles(_times_power(tiles, spread(scale)), n, k)
     factor = decode_scale(scale, format)
     if global_scale is not None:
         factor = factor * global_scale[..., None, None]
-    return _from_tiles(tiles * _spread(factor), n, k)
+    return from_tiles(tiles * spread(factor), n, k)
 
 
 def qdq_matrix(
@@ -372,12 +372,12 @@ def qdq_matrix(
     tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale)
     scaled = _scaled(tiles, scales, format)
     if scales.zero_point is not None:
-        values = _shifted(scaled, scales.zero_point, format) - _spread(scales.zero_point.astype(jnp.float32))
+        values = _shifted(scaled, scales.zero_point, format) - spread(scales.zero_point.astype(jnp.float32))
     else:
         values = round_to(scaled, format.element)
     if format.scale.name == "e8m0":
-        return _from_tiles(_times_power(values, _spread(scales.stored)), *x.shape[-2:])
-    return _from_tiles(values * _spread(scales.divisor), *x.shape[-2:])
+        return from_tiles(_times_power(values, spread(scales.stored)), *x.shape[-2:])
+    return from_tiles(values * spread(scales.divisor), *x.shape[-2:])
 
 
 def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, _Scales]:
@@ -389,22 +389,22 @@ def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, 
             f"format {format.name!r} with granularity {granularity or format.granularity!r} takes no tensor_amax or "
             "tensor_scale: its scales are found from the data of smaller parts; write granularity='tensor', or leave it out"
         )
-    tiles = _to_tiles(x.astype(jnp.float32), tile)
+    tiles = to_tiles(x.astype(jnp.float32), tile)
     return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale)
 
 
 def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:
     if format.scale.name == "e8m0":  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
-        return tiles * _from_bits((254 - _spread(scales.stored).astype(jnp.uint32)) << 23)
-    return divide(tiles, _spread(scales.divisor))
+        return tiles * from_bits((254 - spread(scales.stored).astype(jnp.uint32)) << 23)
+    return divide(tiles, spread(scales.divisor))
 
 
 def _shifted(scaled: Array, zero_point: Array, format: Format) -> Array:
-    return jnp.clip(jnp.round(scaled) + _spread(zero_point.astype(jnp.float32)), 0, format.element.max)
+    return jnp.clip(jnp.round(scaled) + spread(zero_point.astype(jnp.float32)), 0, format.element.max)
 
 
 def _times_power(x: Array, e8m0: Array) -> Array:
     """x * 2^(bits - 127) in two exact steps: 2^-127 itself is subnormal, the product usually is not."""
     half = e8m0.astype(jnp.uint32) >> 1
     rest = e8m0.astype(jnp.uint32) - half
-    return x * _from_bits((half + 64) << 23) * _from_bits((rest + 63) << 23)
+    return x * from_bits((half + 64) << 23) * from_bits((rest + 63) << 23)

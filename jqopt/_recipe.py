@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say which weights and inputs get which number format, checked once and then frozen.
+"""Recipes: YAML files that say which weights and inputs get which number format; checked once, then frozen.
 
 This is the only file that reads or writes YAML. `docs/recipes.md` describes the file format for users.
 """
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -23,6 +23,8 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
+from yaml.composer import ComposerError
+from yaml.scanner import ScannerError
 
 from jqopt import formats
 from jqopt.errors import RecipeError
@@ -41,7 +43,7 @@ class SiteLike(Protocol):
     """What a rule looks at: one operation that uses a parameter."""
 
     @property
-    def path(self) -> str: ...  # of the parameter: "layers/0/mlp/up/kernel"
+    def path(self) -> str | None: ...  # of the parameter: "layers/0/mlp/up/kernel"
     @property
     def module(self) -> str | None: ...  # class name of the module it belongs to, where known
     @property
@@ -71,6 +73,21 @@ class AlgorithmSpec:
         """{"name": name, option: value, ...}, as a recipe file spells it."""
         return {"name": self.name, **self.options}
 
+    @classmethod
+    def from_dict(cls, data: str | Mapping[str, Any]) -> AlgorithmSpec:
+        """The inverse of `to_dict`; also takes a bare name.
+
+        Raises:
+            RecipeError: no name, or options that JSON cannot hold.
+        """
+        try:
+            return _algorithm(data)
+        except ValueError as error:
+            raise RecipeError(f"algorithm: {error}") from error
+
+
+MAX = AlgorithmSpec("max")
+
 
 def _keys(model: type[pydantic.BaseModel]) -> list[str]:
     """The keys of a model as files spell them."""
@@ -82,40 +99,38 @@ def _canonical(data: object) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small checks. Each takes what the file says and returns it in one shape, or raises ValueError saying what to write.
+# ------------------------------------------------------------------------------------------------------------
+# Small checks: each returns what the file says in one shape, or raises ValueError saying what to write.
 
 
 def _near(word: object, known: tuple[str, ...] | list[str], cutoff: float = 0.5) -> str:
-    """ "; did you mean 'x'?" or nothing."""
+    """The hint `; did you mean 'x'?`, or nothing."""
     match = difflib.get_close_matches(str(word).lower(), known, n=1, cutoff=cutoff)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _show(value: object) -> str:
     """A found value in words, short: "the number 8", "the text 'yes'"."""
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "the truth value true", False: "the truth value false"}[value]
+    words = {str: "the text ", int: "the number ", float: "the number ", list: "a list ", dict: "a mapping "}
     text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    for kind, word in (
-        (bool, "the truth value"),
-        (int | float, "the number"),
-        (str, "the text"),
-        (list, "a list"),
-    ):
-        if isinstance(value, kind):
-            return f"{word} {text}" if kind is not bool else f"{word} {str(value).lower()}"
-    return "nothing" if value is None else f"a mapping {text}" if isinstance(value, dict) else text
+    return words.get(type(value), "") + (text if len(text) <= 60 else text[:57] + "...")
 
 
 def _text(value: object) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    hint = (
-        f'; write it in quotes: "{value}"'
-        if isinstance(value, int | float) and not isinstance(value, bool)
-        else ""
-    )
+    hint = f'; write it in quotes: "{value}"' if type(value) in (int, float) else ""
     raise ValueError(f"found {_show(value)}, expected text{hint}")
+
+
+def _prose(value: object) -> str:
+    return _text(value) if value != "" else ""
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return _each(_text)(value) if value not in ([], ()) else ()
 
 
 def _truth(value: object) -> bool:
@@ -133,7 +148,7 @@ def _count(value: object) -> int:
 
 
 def _block(value: object) -> int | tuple[int, int]:
-    sizes = value if isinstance(value, list | tuple) else [value]
+    sizes: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if (
         len(sizes) > 2
         or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes)
@@ -160,12 +175,12 @@ def _each(check: Callable[[object], str]) -> Callable[[object], tuple[str, ...]]
     return validate
 
 
-# What no path holds and regular expressions do; ".*" alone may stand in a pattern for dotted names ("layers.*.weight").
+# What regular expressions hold and paths do not. ".*" may stand in dotted names, as in "layers.*.weight".
 _REGEX = re.compile(r"[\\^$|()]|(^|/)\.[*+]|\.\+")
 
 
 def _glob(value: object) -> str:
-    """A shell pattern, refused where it is surely not meant as one (a regular expression, braces, half a bracket)."""
+    """A shell pattern; refused where it is a regular expression, or holds braces or half a bracket."""
     pattern = _text(value)
     rest = re.sub(r"\[!?.[^\]]*\]", "", pattern)
     if pattern != pattern.strip():
@@ -175,11 +190,15 @@ def _glob(value: object) -> str:
             f"found {pattern!r}: '[' is never closed; write '[0-3]' for one of 0 to 3, or '[[]' for '['"
         )
     if "{" in rest:
-        raise ValueError(f"found {pattern!r}: braces are not expanded; write a list of patterns instead")
+        spelled = re.search(r"\{([^}]*)\}", pattern)
+        each = (
+            [pattern.replace(spelled[0], word.strip()) for word in spelled[1].split(",")] if spelled else []
+        )
+        raise ValueError(f"found {pattern!r}: braces are not expanded; write a list of patterns: {each}")
     if _REGEX.search(rest):
         raise ValueError(
-            f"found {pattern!r}, which looks like a regular expression, expected a shell pattern: '*' stands for any "
-            f"text ('/' too), '?' for one character, '[01]' for one of them; write {_as_glob(pattern)!r}"
+            f"found {pattern!r}, which looks like a regular expression, expected a shell pattern: '*' stands "
+            f"for any text ('/' too), '?' for one character, '[01]' for 0 or 1; write {_as_glob(pattern)!r}"
         )
     return pattern
 
@@ -203,7 +222,7 @@ def _op(value: object) -> str:
         return str(value)
     word = str(value).lower()
     meant = next((op for op, words in _OP_WORDS.items() if word in words), None)
-    hint = f"; did you mean {meant!r}?" if meant else _near(word, OPS)
+    hint = f"; did you mean {meant!r}?" if meant else _near(word, OPS) or "."
     raise ValueError(f"unknown operation {value!r}{hint} Known: {', '.join(OPS)}")
 
 
@@ -346,8 +365,8 @@ def _schema_version(value: object) -> int:
 
 def _kv_cache(value: object) -> None:
     raise ValueError(
-        f"kv_cache is not supported yet (found {_show(value)}): jqopt quantizes parameters and the inputs of their "
-        "operations, and a cache is neither; leave the key out, and caches keep their precision"
+        f"kv_cache is not supported yet (found {_show(value)}): jqopt quantizes parameters and the inputs of "
+        "their operations, and a cache is neither; leave the key out, and caches keep their precision"
     )
 
 
@@ -355,9 +374,9 @@ def _one_of(known: tuple[str, ...]) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(known)})
 
 
-def _names_schema(known: tuple[str, ...] = ()) -> WithJsonSchema:
+def _names_schema(known: tuple[str, ...] = (), at_least: int = 1) -> WithJsonSchema:
     one: dict[str, Any] = {"type": "string", **({"enum": list(known)} if known else {})}
-    return WithJsonSchema({"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]})
+    return WithJsonSchema({"anyOf": [one, {"type": "array", "items": one, "minItems": at_least}]})
 
 
 def _algorithm_schema() -> WithJsonSchema:
@@ -377,7 +396,8 @@ _PAIR = {"type": "array", "items": _SIZE, "minItems": 2, "maxItems": 2}
 _Text = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string"})]
 _Truth = Annotated[bool, PlainValidator(_truth), WithJsonSchema({"type": "boolean"})]
 _Count = Annotated[int, PlainValidator(_count), WithJsonSchema(_SIZE)]
-_Names = Annotated[tuple[str, ...], PlainValidator(_each(_text)), _names_schema()]
+_Prose = Annotated[str, PlainValidator(_prose), WithJsonSchema({"type": "string"})]
+_Names = Annotated[tuple[str, ...], PlainValidator(_names), _names_schema(at_least=0)]
 _Globs = Annotated[tuple[str, ...], PlainValidator(_each(_glob)), _names_schema()]
 _Ops = Annotated[tuple[str, ...], PlainValidator(_each(_op)), _names_schema(OPS)]
 _Algorithms = Annotated[tuple[AlgorithmSpec, ...], PlainValidator(_algorithms), _algorithm_schema()]
@@ -391,8 +411,13 @@ _Schema = Annotated[
 _KvCache = Annotated[str, PlainValidator(_kv_cache), WithJsonSchema({"type": ["string", "object"]})]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The values a recipe is made of.
+
+
+def _key(description: str) -> Any:
+    """A key that may be left out; the description is for editors, through the JSON Schema."""
+    return Field(default=None, description=description)
 
 
 class _Model(pydantic.BaseModel):
@@ -432,13 +457,15 @@ class TensorSpec(_Model):
     As it stands in a loaded `Rule` every field but `block` is filled in (see `resolve`).
     """
 
-    format: _FormatName
-    granularity: _Granularity | None = None
-    scaling: _Scaling | None = None
-    block: _Block | None = None
+    format: _FormatName = Field(description="the number format")
+    granularity: _Granularity | None = _key(
+        "what shares a scale: weights channel or tensor, inputs token or tensor"
+    )
+    scaling: _Scaling | None = _key("of inputs: static (calibrated) or dynamic (from the live tensor)")
+    block: _Block | None = _key("values that share a scale, along the contracted axis; or [rows, contracted]")
 
     def element_format(self) -> formats.Format:
-        """The format with this spec's block (none where a channel, a token or the whole tensor shares a scale).
+        """The format with this spec's block; no block where a channel, a token or the tensor shares a scale.
 
         Raises:
             UnsupportedError: the format cannot have such a block.
@@ -450,7 +477,7 @@ class TensorSpec(_Model):
 
     @property
     def needs_calibration(self) -> bool:
-        """Of an input's spec: its scale comes from calibration batches. (A weight's comes from the weight.)"""
+        """Of an input's spec: its scale comes from calibration batches (a weight's comes from the weight)."""
         return self.scaling == "static"
 
     def resolve(self, role: Role) -> TensorSpec:
@@ -489,14 +516,14 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
         raise ValueError(
             f"block: {spec.block} contradicts granularity: {spec.granularity}; leave one of them out"
         )
+    if spec.granularity not in (None, "block"):
+        formats.get(spec.format).tile_for(1, 1, spec.granularity)  # raises where scales need blocks
     own = spec.element_format().granularity
     granularity = spec.granularity or ("tensor" if role == "input" and own == "channel" else own)
     if granularity == "block" and spec.element_format().block is None:
         raise ValueError(
             f"format {spec.format!r} has no block of its own; write its size, such as 'block: 128'"
         )
-    if granularity != "block":
-        formats.get(spec.format).tile_for(1, 1, granularity)  # raises for formats whose scales need blocks
     block = spec.element_format().block if granularity == "block" else None
     filled = TensorSpec(format=spec.format, granularity=granularity, scaling=spec.scaling, block=block)
     scaling = _weight_scaling(filled) if role == "weight" else _input_scaling(filled)
@@ -522,8 +549,8 @@ def _input_scaling(spec: TensorSpec) -> str:
         raise ValueError(f"{spec.format!r} is a table of values, for weights only; write int8, fp8 or nvfp4")
     if fmt.element.kind == "int" and spec.granularity == "block" and fmt.scale.name == "float32":
         raise ValueError(
-            f"{spec.format!r} in blocks is for weights only: an integer product is summed over the whole contraction; "
-            f"write {{format: {spec.format}, granularity: token}}"
+            f"{spec.format!r} in blocks is for weights only: an integer product is summed over the whole "
+            f"contraction; write {{format: {spec.format}, granularity: token}}"
         )
     if isinstance(fmt.block, tuple) and fmt.block[0] > 1:
         raise ValueError(
@@ -547,10 +574,10 @@ _SpecInput = Annotated[
 class ShapeMatch(_Model):
     """What a parameter's shape must be; all given keys must hold."""
 
-    rank: _Count | None = None
-    min_size: _Count | None = None
-    max_size: _Count | None = None
-    divisible_by: _Count | None = None
+    rank: _Count | None = _key("number of axes")
+    min_size: _Count | None = _key("fewest values")
+    max_size: _Count | None = _key("most values")
+    divisible_by: _Count | None = _key("divides the contracted length")
 
     def matches(self, site: SiteLike) -> bool:
         """Whether the shape of the site's parameter (and its contracted length) is as asked."""
@@ -569,16 +596,26 @@ class ShapeMatch(_Model):
 class Match(_Model):
     """Which sites a rule is for; all given keys must hold, and of a list any entry may."""
 
-    path: _Globs = ("*",)
-    module: _Globs | None = None
-    op: _Ops | None = None
-    used_by: _Ops | None = None
-    shape: ShapeMatch | None = None
+    path: _Globs = Field(
+        default=("*",), description="pattern over the parameter's path, such as */mlp/*, or a list"
+    )
+    module: _Globs | None = _key(
+        "pattern over the class name of the module that owns the parameter, or a list"
+    )
+    op: _Ops | None = _key("the operation, or a list")
+    used_by: _Ops | None = _key("an operation that uses the parameter here or elsewhere, or a list")
+    shape: ShapeMatch | None = _key("what the parameter's shape must be")
+
+    def matches_path(self, path: str) -> bool:
+        """Whether a glob fits the path, or the path with a "/" before it."""
+        return any(fnmatch.fnmatchcase(p, glob) for glob in self.path for p in (path, "/" + path))
 
     def matches(self, site: SiteLike) -> bool:
-        """Whether the site has what every given key asks for."""
+        """Whether the site has what every given key asks for. A site without a parameter has no rule."""
         return (
-            any(fnmatch.fnmatchcase(p, glob) for glob in self.path for p in (site.path, "/" + site.path))
+            site.path is not None
+            and self.matches_path(site.path)
+            and (self.module is None or site.module is not None)
             and (
                 self.module is None
                 or any(fnmatch.fnmatchcase(site.module or "", glob) for glob in self.module)
@@ -601,15 +638,20 @@ class Match(_Model):
         return self == other or (self.is_fallback and ops)
 
 
+_MatchInput = Annotated[Match, BeforeValidator(_match_input, json_schema_input_type=str | list[str] | Match)]
+
+
 class Rule(_Model):
     """What happens to the sites that `match`: kept in high precision, or quantized."""
 
-    match: Annotated[Match, BeforeValidator(_match_input, json_schema_input_type=str | list[str] | Match)]
-    keep: _Truth = False
-    weight: Annotated[_SpecInput, AfterValidator(_as_weight)] | None = None
-    input: Annotated[_SpecInput, AfterValidator(_as_input)] | None = None
-    algorithm: _Algorithms | None = None
-    optional: _Truth = False
+    match: _MatchInput = Field(
+        description="the sites it is for: a pattern over the parameter's path, or more"
+    )
+    keep: _Truth = Field(default=False, description="leave in high precision")
+    weight: Annotated[_SpecInput, AfterValidator(_as_weight)] | None = _key("how the weight is quantized")
+    input: Annotated[_SpecInput, AfterValidator(_as_input)] | None = _key("how the activation is quantized")
+    algorithm: _Algorithms | None = _key("in place of the recipe's algorithm")
+    optional: _Truth = Field(default=False, description="no error if it matches nothing")
 
     _where: str = pydantic.PrivateAttr("")
     _inherited: bool = pydantic.PrivateAttr(False)
@@ -659,16 +701,21 @@ class Rule(_Model):
         return data | ({"optional": True} if self.optional else {})
 
 
-class Recipe(_Model):
-    """A recipe. From `load_recipe` it is resolved: `extends` is empty and `rules` stand in the order of decision."""
+_RulesInput = Annotated[tuple[Rule, ...], BeforeValidator(_rules_input, json_schema_input_type=list[Rule])]
 
-    schema_version: _Schema = Field(default=SCHEMA, alias="schema")
-    name: _Text = "unnamed"
-    description: _Text = ""
-    extends: _Names = ()
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(_rules_input, json_schema_input_type=list[Rule])] = ()
-    kv_cache: _KvCache | None = None
-    algorithm: _Algorithms = (AlgorithmSpec("max"),)
+
+class Recipe(_Model):
+    """A recipe. From `load_recipe` it is resolved: no `extends`, and `rules` in the order they decide."""
+
+    schema_version: _Schema = Field(default=SCHEMA, alias="schema", description="version of the file format")
+    name: _Text = Field(default="unnamed", description="what reports call it")
+    description: _Prose = Field(default="", description="one line for the list of recipes")
+    extends: _Names = Field(default=(), description="shipped recipes or files whose rules stand after these")
+    rules: _RulesInput = Field(default=(), description="the first that matches a site decides")
+    kv_cache: _KvCache | None = _key("not supported yet")
+    algorithm: _Algorithms = Field(
+        default=(MAX,), description="how scales are found: a name, or a list in order"
+    )
 
     def rule_for(self, site: SiteLike) -> Rule | None:
         """The first rule that matches the site, which decides; None: no rule is for it."""
@@ -710,13 +757,31 @@ def matches(rule: Rule, site: SiteLike) -> bool:
     return rule.match.matches(site)
 
 
+def near_paths(rule: Rule, paths: Iterable[str], most: int = 3) -> list[str]:
+    """Paths that a rule may have meant which matches none, the likeliest first; [] if none is near."""
+    scores = {path: max(_likeness(glob, path) for glob in rule.match.path) for path in paths}
+    best = sorted((path for path in scores if scores[path] > 0.6), key=lambda path: -scores[path])
+    return [] if any(rule.match.matches_path(path) for path in best) else best[:most]
+
+
+def _likeness(glob: str, path: str) -> float:
+    """How like a path is to a glob, 0 to 1: the mean over the glob's words of the likest part of the path."""
+    words = [word.lower() for word in re.split(r"[*?/]+|\[[^]]*\]", glob) if word]
+    parts = path.lower().split("/")
+    return sum(max(_ratio(word, part) for part in parts) for word in words) / max(len(words), 1)
+
+
+def _ratio(a: str, b: str) -> float:
+    return 1.0 if a in b else difflib.SequenceMatcher(None, a, b).ratio()
+
+
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of recipe files, for editors; `load_recipe` checks more than it can say."""
     schema = Recipe.model_json_schema(by_alias=True, mode="validation")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "jqopt recipe"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: YAML with line numbers, `extends`, and errors that name the place.
 
 
@@ -728,10 +793,10 @@ class _File:
     data: Any
     lines: Mapping[Where, int] = dataclasses.field(default_factory=dict)
     folder: Path = Path()
-    identity: str = ""
+    identity: str = ""  # of a file: its absolute path
 
     def at(self, path: Where) -> str:
-        """ "file:line", of the nearest enclosing key that has a line."""
+        """`file:line` of the nearest enclosing key that has a line."""
         line = next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
         return self.label if line is None else f"{self.label}:{line}"
 
@@ -744,8 +809,9 @@ class _File:
 
 
 def _has(data: Any, path: Where) -> bool:
+    part: Any
     for part in path:
-        if isinstance(data, Mapping) and part in data or isinstance(data, list) and isinstance(part, int):
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
         else:
             return False
@@ -755,14 +821,16 @@ def _has(data: Any, path: Where) -> bool:
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
     """Reads and checks a recipe, and resolves what it extends.
 
-    `source` is the name of a shipped recipe ("nvfp4"), a path, plain data as a recipe file holds it, or a Recipe.
-    In `rules` of the result the first that matches decides: the recipe's own rules, then those of the files it extends
-    (in order), then its own trailing fallbacks (`match: "*"`), then theirs. An extended rule that can no longer match
-    is left out.
+    The first rule of the result that matches a site decides. In this order: the recipe's own rules, those
+    of the files it extends, its own trailing fallbacks (`match: "*"`), then theirs. Extended rules that can no
+    longer match are left out.
+
+    Args:
+        source: the name of a shipped recipe ("nvfp4"), a path, plain data as a file holds it, or a Recipe.
 
     Raises:
-        RecipeError: an unreadable file, an unknown or contradictory key or value, a rule that can never match, files
-            that extend each other, or no rule that quantizes a weight. The message names file, line and key.
+        RecipeError: an unreadable file, an unknown or contradictory key or value, a rule that can never
+            match, files that extend each other, or no rule that quantizes a weight; names file, line and key.
     """
     if isinstance(source, Recipe) and not source.extends:
         file = _File(f"recipe {source.name!r}", {})
@@ -772,12 +840,12 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     part = _part(file, (), set())
     rules = _reachable(part.specific + part.fallback)
     _refuse_idle(file, rules)
-    update = {"rules": rules, "extends": (), "algorithm": part.algorithm or (AlgorithmSpec("max"),)}
+    update = {"rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,)}
     return part.recipe.model_copy(update=update)
 
 
 def list_recipes() -> dict[str, str]:
-    """The names of the shipped recipes and what each is, sorted; `defaults/...` are parts for `extends`, not listed."""
+    """What each shipped recipe is, by name, sorted. `defaults/...` are parts for `extends` and not listed."""
     names = [name for name in _shipped() if "/" not in name]
     return {name: _parsed(_open(name)).description for name in names}
 
@@ -842,8 +910,8 @@ def _reachable(rules: tuple[Rule, ...], *, own: bool = False) -> tuple[Rule, ...
             kept.append(rule)
         elif own or not rule.inherited:
             raise RecipeError(
-                f"{rule.where}: this rule can never match, because {hider.where} comes first and matches all it does; "
-                "the first rule that matches decides, so write special rules above general ones"
+                f"{rule.where}: this rule can never match, because {hider.where} comes first and matches all "
+                "that it does; the first rule that matches decides, so write special rules above general ones"
             )
     return tuple(kept)
 
@@ -851,8 +919,8 @@ def _reachable(rules: tuple[Rule, ...], *, own: bool = False) -> tuple[Rule, ...
 def _refuse_idle(file: _File, rules: tuple[Rule, ...]) -> None:
     if not any(rule.weight for rule in rules):
         raise RecipeError(
-            f"{file.label}: no rule gives a format to a weight, so nothing would be quantized; add a rule such as "
-            "'- {match: \"*\", weight: int8}' (a file of 'keep' rules only is for 'extends')"
+            f"{file.label}: no rule gives a format to a weight, so nothing would be quantized; add a rule "
+            "such as '- {match: \"*\", weight: int8}' (a file of 'keep' rules only is for 'extends')"
         )
 
 
@@ -865,7 +933,9 @@ def _parsed(file: _File) -> Recipe:
         keys = ", ".join(_keys(Recipe))
         raise RecipeError(f"{file.at(())}: found {what}, expected a mapping with the keys {keys}")
     try:
-        return Recipe.model_validate({"name": file.label, **file.data} if file.identity else file.data)
+        return Recipe.model_validate(
+            {"name": Path(file.label).stem, **file.data} if file.identity else file.data
+        )
     except pydantic.ValidationError as error:
         raise _explained(error, file) from error
 
@@ -882,7 +952,8 @@ def _explained(error: pydantic.ValidationError, file: _File) -> RecipeError:
         elif item["type"] == "missing":
             path, text = path[:-1], f"the key {path[-1]!r} is missing"
         elif item["type"] in ("model_type", "model_attributes_type"):
-            text = f"found {_show(item['input'])}, expected a mapping with the keys {_KEYS_OF[context['class_name']]}"
+            keys = _KEYS_OF[context["class_name"]]
+            text = f"found {_show(item['input'])}, expected a mapping with the keys {keys}"
         else:
             text = item["msg"]
         faults.append(file.fault(path, text))
@@ -898,7 +969,7 @@ _KEYS_OF = {
 
 
 def _recipes_dir() -> Traversable:
-    """The shipped recipes: `jqopt/recipes` where installed from a wheel, `recipes` beside the package in a checkout.
+    """The shipped recipes: `jqopt/recipes` in a wheel, `recipes` beside the package in a checkout.
 
     Raises:
         RecipeError: neither is there.
@@ -947,9 +1018,9 @@ def _read(file: Traversable, label: str, folder: Path) -> _File:
         siblings = sorted(p.name for p in folder.glob("*.y*ml"))
         shipped = label.removesuffix(".yaml") in _shipped()
         hint = (
-            f"; {label.removesuffix('.yaml')!r} is a shipped recipe"
+            f"; {label.removesuffix('.yaml')!r} is a shipped recipe."
             if shipped
-            else _near(file.name, siblings)
+            else _near(file.name, siblings, 0.75)
         )
         raise RecipeError(
             f"no file {label!r}{hint or '.'} Shipped recipes: {', '.join(_shipped())}"
@@ -960,31 +1031,39 @@ def _read(file: Traversable, label: str, folder: Path) -> _File:
     return _File(label, data, lines, folder, identity=str(Path(str(file)).resolve()))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core rules: only true and false are truth values, 1e-3 is a number, dates are text."""
+def _core_resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """What plain words mean in YAML 1.2: only true and false are truth values, 1e-3 is a number.
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute)
+    (PyYAML keeps to YAML 1.1: there `on` is true, `1e-3` is text and `1:30` is 90.)
+    """
+    number = r"(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for kind, pattern, firsts in (
+        ("null", r"(?:~|null|Null|NULL|)$", ["", *"~nN"]),
+        ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+        ("int", r"(?:[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
+        ("float", rf"(?:[-+]?{number}|[-+]?\.inf|\.nan)$", "-+.0123456789"),
+    ):
+        for first in firsts:
+            table.setdefault(first, []).append((_TAG + kind, re.compile(pattern)))
+    return table
+
+
+_TAG = "tag:yaml.org,2002:"
+_CORE = _core_resolvers()
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML by the core rules."""
+
+    yaml_implicit_resolvers = _CORE
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would not read as text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers = _CORE
 
-
-for _class in (_Loader, _Dumper):
-    for _tag, _pattern, _first in (
-        ("null", r"(~|null|Null|NULL|)$", "~nN\0"),
-        ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
-        ("int", r"([-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
-        (
-            "float",
-            r"([-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$",
-            "-+.0123456789",
-        ),
-    ):
-        first = [c if c != "\0" else "" for c in _first]
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), first)
 
 _NODES = 20_000  # more than any recipe has; an alias inside an alias inside an alias soon passes it
 
@@ -1006,7 +1085,7 @@ def _from_yaml(text: str, label: str) -> tuple[Any, dict[Where, int]]:
 
 def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
     said = f"{error.context} {error.problem}"
-    if "alias" in said:
+    if "alias" in said and isinstance(error, ScannerError | ComposerError):
         return '; a pattern that begins with * must be quoted: "*/mlp/*"'
     if "\\t" in said:
         return "; indent with spaces, not tabs"
@@ -1055,9 +1134,6 @@ def _mapping(
         lines[(*path, key)] = key_node.start_mark.line + 1
         data[key] = _value(loader, value_node, (*path, key), lines, count)
     return data
-
-
-_TAG = "tag:yaml.org,2002:"
 
 
 def _marked(node: yaml.Node, text: str) -> yaml.MarkedYAMLError:

@@ -2,9 +2,10 @@
 
     python -m examples.tinylm.train --tokens TOKENS_DIR --config examples/tinylm/config.json --out OUT_DIR
 
-TOKENS_DIR holds train_tokens.npy, valid_tokens.npy and test_tokens.npy (see make_tokens.py). Compute is bfloat16,
-master weights and optimizer state are float32. Hidden matrices are trained by Muon, the embedding and the norms by
-Adam. The learning rate follows progress = max(steps done, time spent), so a slow machine still ends its decay.
+TOKENS_DIR holds train_tokens.npy, valid_tokens.npy and test_tokens.npy (see make_tokens.py). Compute is
+bfloat16, master weights and optimizer state are float32. Hidden matrices are trained by Muon, the embedding
+and the norms by Adam. The learning rate follows progress = max(steps done, time spent), so a slow machine
+still ends its decay.
 """
 
 import argparse

@@ -31,6 +31,8 @@ class Algorithm(NamedTuple):
     update(state, x [tokens, k]) -> state: after more tokens; any split of the data must give the same state.
     solve(w [n, k], state or None, problem) -> Codes: the packed weight. It is vmapped over layers and experts.
     input_amax(state) -> []: the largest absolute activation, from which the static input scale is made.
+    allreduce(before, after, axes) -> state: one state from those that the devices along the mesh axes have updated,
+        each on its own tokens, inside a shard_map.
     """
 
     name: str
@@ -38,3 +40,4 @@ class Algorithm(NamedTuple):
     update: Callable[[Any, jax.Array], Any]
     solve: Callable[[jax.Array, Any, Problem], Codes]
     input_amax: Callable[[Any], jax.Array]
+    allreduce: Callable[[Any, Any, tuple[str, ...]], Any]

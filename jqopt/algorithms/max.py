@@ -28,10 +28,15 @@ def update(state: MaxState, x: jax.Array) -> MaxState:
     return MaxState(jnp.maximum(state.amax, amax), jnp.maximum(state.seen, jnp.float32(x.size > 0)))
 
 
+def allreduce(before: MaxState, after: MaxState, axes: tuple[str, ...]) -> MaxState:
+    """The maximum over the devices."""
+    return jax.tree.map(lambda x: jax.lax.pmax(x, axes), after)
+
+
 def solve(w: jax.Array, state: MaxState | None, problem: Problem) -> Codes:
     return quantize_matrix(w, problem.format, granularity=problem.granularity, tensor_amax=problem.tensor_amax)
 
 
 def max() -> Algorithm:
     """Round to nearest with scales from the maximum. Costs one forward pass; exact under any split of the data."""
-    return Algorithm("max", init, update, solve, lambda state: state.amax)
+    return Algorithm("max", init, update, solve, lambda state: state.amax, allreduce)

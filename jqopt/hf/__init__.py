@@ -24,21 +24,22 @@ Variables = dict[str, Any]
 def load_config(folder: str | Path) -> tuple[Family, Any]:
     """The family of a checkpoint folder and its parsed configuration; no weights are read.
 
-    Raises CheckpointError where config.json is missing or no JSON object, UnsupportedError where the model is of an
-    unknown family, or already quantized.
+    Raises CheckpointError where config.json is missing or no JSON object, UnsupportedError where the model
+    is of an unknown family, or already quantized.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: found no config.json; expected a Hugging Face checkpoint folder")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its JSON is a {type(config).__name__}; expected an object")
     if config.get("quantization_config"):
         raise UnsupportedError(
-            f"{path}: has a quantization_config, so the weights are quantized already; load the original checkpoint"
+            f"{path}: has a quantization_config, so the weights are quantized already; load the original "
+            "checkpoint"
         )
     family = families.find(config)
     return family, family.parse(config)
@@ -49,20 +50,20 @@ def load_model(
 ) -> tuple[nn.Module, Variables]:
     """The Flax module of a Hugging Face checkpoint folder, and its variables {"params": ...}.
 
-    Parameters and computation are in `dtype`; float32 holds a bfloat16 checkpoint exactly. With `scan_layers` the
-    blocks are one `nn.scan` and their parameters carry a leading layer axis. Tensors are read one at a time.
+    Parameters and computation are in `dtype`; float32 holds a bfloat16 checkpoint exactly. With
+    `scan_layers` the blocks are one `nn.scan` and their parameters carry a leading layer axis. Tensors are
+    read one at a time.
 
-    Raises UnsupportedError for families and settings that are not known, CheckpointError where a tensor is missing,
-    unexpected, or of another shape than the configuration says.
+    Raises UnsupportedError for families and settings that are not known, CheckpointError where a tensor is
+    missing, unexpected, or of another shape than the configuration says.
     """
     family, config = load_config(folder)
     module = family.build(config, scan_layers, dtype)
     entries = open_folder(Path(folder))
     places = family.places(config, scan_layers)
     _check_names(Path(folder), family, config, places, entries)
-    template = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    shapes = traverse_util.flatten_dict(template["params"], sep="/")
-    leaves = {place.path: _read(place, entries, shapes[place.path].shape, dtype) for place in places}
+    shapes = _parameter_shapes(module)
+    leaves = {place.path: _read(place, entries, shapes[place.path], dtype) for place in places}
     return module, {"params": traverse_util.unflatten_dict(leaves, sep="/")}
 
 
@@ -77,20 +78,28 @@ def _check_names(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{folder}: tensor {names[0]}{more} {fault}: the checkpoint does not fit the {family.name!r} model that "
-                f"its config.json describes ({len(expected)} tensors expected, {len(entries)} found)"
+                f"{folder}: tensor {names[0]}{more} {fault}: the checkpoint does not fit the "
+                f"{family.name!r} model that its config.json describes ({len(expected)} tensors expected, "
+                f"{len(entries)} found)"
             )
     for copy, original in copies.items():
         if copy in entries and not np.array_equal(entries[copy].read(), entries[original].read()):
             raise CheckpointError(
-                f"{folder}: {copy} differs from {original}, which config.json says is the same matrix; if they are two, "
-                'write "tie_word_embeddings": false there'
+                f"{folder}: {copy} differs from {original}, which config.json says is the same matrix; if "
+                'they are two, write "tie_word_embeddings": false there'
             )
 
 
+def _parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params: Any = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
 def _read(place: Place, entries: Mapping[str, Entry], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """One Flax parameter of the given shape. Filled layer by layer, so that only it and one tensor are in memory."""
-    filled = np.empty(shape, dtype)
+    """One Flax parameter of the given shape, filled tensor by tensor: no second copy of it in memory."""
+    filled = np.empty(shape, jnp.dtype(dtype))
     parts = filled if place.stacked else filled[None]
     for part, tensor in zip(parts, place.tensors, strict=True):
         part[...] = _oriented(entries[tensor], place, part.shape)
@@ -105,8 +114,8 @@ def _oriented(entry: Entry, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         )
     if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
         raise UnsupportedError(
-            f"{entry.file}: {entry.name} is stored as {entry.dtype}; expected float16, bfloat16, float32 or float64. "
-            "Already quantized weights cannot be quantized again: load the original checkpoint"
+            f"{entry.file}: {entry.name} is stored as {entry.dtype}; expected float16, bfloat16, float32 "
+            "or float64. Already quantized weights cannot be quantized again: load the original checkpoint"
         )
     tensor = entry.read()
     return tensor.T if place.transpose else tensor

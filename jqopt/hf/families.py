@@ -15,7 +15,7 @@ from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class Name:
-    """One parameter: the checkpoint's tensor and the Flax path, with `{layer}` where the block's number stands.
+    """One parameter: the checkpoint's tensor and its Flax path, with `{layer}` for the block's number.
 
     Torch keeps a linear layer's weight as [out, in], Flax its kernel as [in, out]: `transpose` says so.
     """
@@ -39,10 +39,10 @@ class Place:
 class Family:
     """What is to know about a model family.
 
-    `name` is config.json's `model_type`. `parse` reads that file into a configuration with `num_hidden_layers`.
-    `build(config, scan_layers, dtype)` gives the Flax module. `names` lists every parameter. `copies` maps tensors that
-    a checkpoint may hold besides, to the ones they must equal; `derived` are endings of tensor names that hold no
-    parameter and are left unread.
+    `name` is config.json's `model_type`. `parse` reads that file into a configuration with
+    `num_hidden_layers`. `build(config, scan_layers, dtype)` gives the Flax module. `names` lists every
+    parameter. `copies` maps tensors that a checkpoint may hold besides, to the ones they must equal;
+    `derived` are endings of tensor names that hold no parameter and are left unread.
     """
 
     name: str
@@ -108,6 +108,6 @@ def find(config: Mapping[str, Any]) -> Family:
     if name in FAMILIES:
         return FAMILIES[name]
     raise UnsupportedError(
-        f"config.json: model_type is {name!r}; known families are {', '.join(FAMILIES)}. To add one, write its Flax "
-        "module and one Family value (parse, build, names) in jqopt/hf/families.py"
+        f"config.json: model_type is {name!r}; known families are {', '.join(FAMILIES)}. To add one, "
+        "write its Flax module and one Family value (parse, build, names) in jqopt/hf/families.py"
     )

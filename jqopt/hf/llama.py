@@ -1,8 +1,9 @@
 """A Flax Linen decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-The mathematics is that of `transformers`' LlamaForCausalLM (rotary halves, not interleaved pairs). Module names are
-the Hugging Face ones, so a parameter path reads like the tensor's name: `layers_0/self_attn/q_proj/kernel` unrolled,
-`layers/self_attn/q_proj/kernel` with a leading layer axis when scanned.
+The mathematics is that of `transformers`' LlamaForCausalLM (rotary halves, not interleaved pairs). Module
+names are the Hugging Face ones, so a parameter path reads like the tensor's name:
+`layers_0/self_attn/q_proj/kernel` unrolled, `layers/self_attn/q_proj/kernel` with a leading layer axis when
+scanned.
 """
 
 import math
@@ -22,7 +23,7 @@ DTypeLike = Any
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length: `linear` or `llama3` (Llama 3.1 and later)."""
+    """How rotary frequencies are stretched beyond the trained length: `linear`, or Llama 3.1's `llama3`."""
 
     kind: str
     factor: float
@@ -52,8 +53,8 @@ class LlamaConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """The parsed `config.json` as a LlamaConfig.
 
-        Raises UnsupportedError where the file asks for something this decoder does not compute (biases, another
-        activation, another rotary scaling), or lacks a size.
+        Raises UnsupportedError where the file asks for something this decoder does not compute (biases,
+        another activation, another rotary scaling), or lacks a size.
         """
         _refuse_unsupported(config)
         heads, hidden = _required(config, "num_attention_heads"), _required(config, "hidden_size")
@@ -99,7 +100,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _rope_table(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one table: transformers 5 writes `rope_parameters`, earlier ones two separate keys."""
+    """Rotary settings in one table: transformers 5 writes `rope_parameters`, earlier versions two keys."""
     table = dict(config.get("rope_scaling") or {})
     table.update(config.get("rope_parameters") or {})
     if config.get("rope_theta") is not None:
@@ -147,7 +148,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotary position embedding of x [batch, tokens, heads, head_dim], positions 0, 1, ...; same dtype out."""
+    """Rotary positions 0, 1, ... applied to x [batch, tokens, heads, head_dim]; the same dtype comes out."""
     positions = np.arange(x.shape[1], dtype=np.float32)
     angles = jnp.asarray(positions[:, None] * frequencies)[None, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -159,8 +160,8 @@ def rotate(x: jax.Array, frequencies: np.ndarray) -> jax.Array:
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal softmax attention with grouped queries; scores and softmax in float32.
 
-    q [batch, tokens, heads, d]; k, v [batch, tokens, kv_heads, d], query head j reads kv head j // (heads // kv_heads).
-    Returns [batch, tokens, heads * d] in q's dtype.
+    q [batch, tokens, heads, d]; k, v [batch, tokens, kv_heads, d], query head j reads kv head j // (heads
+    // kv_heads). Returns [batch, tokens, heads * d] in q's dtype.
     """
     batch, tokens, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -243,9 +244,9 @@ class DecoderLayer(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """Token ids [batch, tokens] to float32 logits [batch, tokens, vocab_size].
 
-    `scan_layers` runs the blocks as one `nn.scan` over parameters with a leading layer axis; `remat` recomputes each
-    block in the backward pass. Neither changes the numbers. `dtype` is the compute dtype; parameters are created in
-    float32 and used in whatever dtype they are given.
+    `scan_layers` runs the blocks as one `nn.scan` over parameters with a leading layer axis; `remat`
+    recomputes each block in the backward pass. Neither changes the numbers. `dtype` is the compute dtype;
+    parameters are created in float32 and used in whatever dtype they are given.
     """
 
     config: LlamaConfig
@@ -257,10 +258,8 @@ class LlamaForCausalLM(nn.Module):
         c = self.config
         init = nn.initializers.normal(0.02)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=init)
-        if self.scan_layers:
-            self.layers = DecoderLayer(c, self.dtype)
-        else:
-            self.layers = [DecoderLayer(c, self.dtype) for _ in range(c.num_hidden_layers)]
+        layers = [DecoderLayer(c, self.dtype) for _ in range(1 if self.scan_layers else c.num_hidden_layers)]
+        self.layers: Any = layers[0] if self.scan_layers else layers
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)

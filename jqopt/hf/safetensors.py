@@ -1,10 +1,11 @@
-"""Reading safetensors files one tensor at a time: the header is parsed and checked, the data is memory-mapped.
+"""Reading safetensors files one tensor at a time: the header is checked, the data is memory-mapped.
 
-Format: 8 bytes little-endian header length, a JSON object of `name: {dtype, shape, data_offsets}`, then the data
-(https://github.com/huggingface/safetensors#format). The headers come from strangers: every number in them is
-checked against the file before it is used.
+Format: 8 bytes little-endian header length, a JSON object of `name: {dtype, shape, data_offsets}`, then the
+data (https://github.com/huggingface/safetensors#format). The headers come from strangers: every number in
+them is checked against the file before it is used.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -59,7 +60,7 @@ class Entry:
 
 
 def open_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint folder by name, from `model.safetensors` or from the shards its index names.
+    """Every tensor of a checkpoint folder by name: of `model.safetensors`, or of the shards its index names.
 
     Raises CheckpointError where there is neither, or where index and shards disagree.
     """
@@ -70,8 +71,8 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
     state = "it is not a folder" if found is None else f"it holds {', '.join(found[:12]) or 'nothing'}"
     raise CheckpointError(
-        f"{folder}: found neither {SINGLE} nor {INDEX} ({state}). PyTorch .bin files are not read: save the model "
-        "with transformers' save_pretrained(folder, safe_serialization=True)"
+        f"{folder}: found neither {SINGLE} nor {INDEX} ({state}). PyTorch .bin files are not read: save "
+        "the model with transformers' save_pretrained(folder, safe_serialization=True)"
     )
 
 
@@ -82,8 +83,8 @@ def open_file(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(
-                f"{path}: not a safetensors file, or cut short: it announces a header of {length} bytes and has "
-                f"{size} bytes in all"
+                f"{path}: not a safetensors file, or cut short: it announces a header of {length} bytes "
+                f"and has {size} bytes in all"
             )
         header = _parse(path, file.read(length))
     header.pop("__metadata__", None)
@@ -95,7 +96,7 @@ def open_file(path: Path) -> dict[str, Entry]:
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats)
-    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise CheckpointError(f"{path}: its JSON cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: its JSON is a {type(value).__name__}; expected an object")
@@ -111,20 +112,21 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
-    """The header's statement about one tensor, checked; `start` is where the data begin, `size` the file's bytes."""
+    """The header's statement on one tensor, checked; the data begin at `start`, the file has `size` bytes."""
     value = value if isinstance(value, dict) else {}
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{path}: {name}: shape {shape!r} or data_offsets {offsets!r} is not a list of sizes"
         )
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name}: dtype {dtype!r} is not read; known are {', '.join(DTYPES)}")
     entry = Entry(path, name, DTYPES[dtype], tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes or start + offsets[1] > size:
         raise CheckpointError(
-            f"{path}: {name}: data_offsets {offsets} should span the {entry.nbytes} bytes of {dtype}{shape} and end "
-            f"within the file's {size - start} data bytes; the file is damaged or cut short"
+            f"{path}: {name}: data_offsets {offsets} should span the {entry.nbytes} bytes of "
+            f"{dtype}{shape} and end within the file's {size - start} data bytes; the file is damaged or "
+            "cut short"
         )
     return entry
 
@@ -135,7 +137,7 @@ def _naturals(value: Any) -> bool:
 
 def _check_disjoint(path: Path, entries: Iterable[Entry]) -> None:
     ordered = sorted((entry for entry in entries if entry.nbytes), key=lambda entry: entry.offset)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"{path}: the data of {before.name} and {after.name} overlap")
 

@@ -83,26 +83,35 @@ def per_unit(element: str) -> int:
     return {8: 1, 4: 2, 6: 4}[CODINGS[element].bits]
 
 
-def planes(data: jax.Array, element: str) -> list[jax.Array]:
-    """Packed codes [rows, k_packed] -> P arrays of codes; array p holds the columns p, p + P, p + 2 P ... of k.
+def split(data: jax.Array, element: str) -> tuple[jax.Array, ...]:
+    """Packed codes [rows, k_packed] -> arrays of which `planes` reads the same column of each.
+
+    Three arrays for 6-bit codes (first, second and third bytes), else the data itself. It is a step of its own because
+    it is the only one with strides: done before a loop over rows, it keeps the loop's body elementwise.
+    """
+    return tuple(data[:, i::3] for i in range(3)) if CODINGS[element].bits == 6 else (data,)
+
+
+def planes(parts: tuple[jax.Array, ...], element: str) -> list[jax.Array]:
+    """What `split` gives, [rows, c] each -> P arrays of codes [rows, c]; array p holds columns p, p + P ... of k.
 
     Splitting instead of interleaving leaves every step elementwise; the other operand is split the same way.
     """
     bits = CODINGS[element].bits
     if bits == 4:
-        return [data & 15, data >> 4]
+        return [parts[0] & 15, parts[0] >> 4]
     if bits == 6:
-        b0, b1, b2 = (data[:, i::3] for i in range(3))
+        b0, b1, b2 = parts
         return [b0 & 63, (b0 >> 6) | ((b1 & 15) << 2), (b1 >> 4) | ((b2 & 3) << 4), b2 >> 2]
-    return [data]
+    return [parts[0]]
 
 
 def unpack(data: jax.Array, element: str, k: int) -> jax.Array:
     """Packed codes [rows, k_packed] -> one code a byte [rows, k]."""
-    parts = planes(data, element)
-    if len(parts) == 1:
+    codes = planes(split(data, element), element)
+    if len(codes) == 1:
         return data[:, :k]
-    return jnp.stack(parts, axis=-1).reshape(data.shape[0], -1)[:, :k]
+    return jnp.stack(codes, axis=-1).reshape(data.shape[0], -1)[:, :k]
 
 
 def _signed(codes: jax.Array, bits: int) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,7 @@ GPUS = ("gpu", "cuda", "rocm")  # jax.default_backend() says "gpu"; lowering pla
 TILE = 256  # rows of the weight decoded at a time
 TILED_ROWS = 32  # up to this m, tiles beat decoding the weight once
 INT8_ROWS = 8  # below this m, XLA on CPU has no int8 product and widens the whole weight to int32
+BF16_ROWS = 8  # from this m, a bfloat16 product beats float32 (below it XLA on CPU widens the weight)
 INT32_K = (2**31 - 1) // 128**2  # longer sums of int8 products could overflow int32
 
 _NT = (((1,), (1,)), ((), ()))
@@ -24,6 +27,15 @@ def _dot(x: jax.Array, w: jax.Array, out=jnp.float32) -> jax.Array:
 
 
 # --- operands -------------------------------------------------------------------------------------------------------
+
+
+def _fits_bf16(spec: Operand) -> bool:
+    """Whether every value without its row scale is a bfloat16 (8 significant bits) exactly."""
+    if spec.element in ("float", "nf4") or spec.zero_point:
+        return False
+    if _by_row(spec) or spec.scale in (None, "e8m0"):
+        return True
+    return spec.scale == "e4m3" and decode.CODINGS[spec.element].mantissa in (1, 2, 3)  # 4 x 4 significant bits
 
 
 def _by_row(spec: Operand) -> bool:
@@ -161,31 +173,36 @@ def _planes(rhs: Packed, spec: Operand, n: int, k: int):
     return data, scale, zero, width
 
 
-def _tile_dot(xs: list[jax.Array], data, scale, zero, element: str) -> jax.Array:
+def _tile_dot(xs: list[jax.Array], parts, scale, zero, element: str) -> jax.Array:
     """sum over planes of xs[p] [m, c] @ (decoded plane p [rows, c]).T"""
-    out = 0.0
-    for x, codes in zip(xs, decode.planes(data, element), strict=True):
-        w, c = decode.raw(codes, element), codes.shape[1]
-        if zero is not None:
-            w = _per_block(w, zero, c // zero.shape[1], jnp.subtract)
-        if scale is not None:
-            w = _per_block(w, scale, c // scale.shape[1], jnp.multiply)
-        out = out + _dot(x, w)
-    return out
+    decoded = [_shifted(decode.raw(codes, element), zero) for codes in decode.planes(parts, element)]
+    if len(decoded) > 1 and xs[0].shape[0] == 1:  # the planes are summed before they are written: half the memory
+        total = functools.reduce(jnp.add, [w * x for w, x in zip(decoded, xs, strict=True)])
+        return _dot(jnp.ones((1, total.shape[1]), jnp.float32), _scaled(total, scale))
+    products = [_dot(x, _scaled(w, scale).astype(x.dtype)) for w, x in zip(decoded, xs, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
+def _shifted(w: jax.Array, zero: jax.Array | None) -> jax.Array:
+    return w if zero is None else _per_block(w, zero, w.shape[1] // zero.shape[1], jnp.subtract)
+
+
+def _scaled(w: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return w if scale is None else _per_block(w, scale, w.shape[1] // scale.shape[1], jnp.multiply)
 
 
 def _over_rows(f, arrays, n: int, tile: int) -> jax.Array:
-    """f on row tiles of `arrays` ([n, ...], [1, ...] or None) -> [m, n]; the last tile overlaps where n is ragged."""
+    """f on row tiles of a pytree of [n, ...] or [1, ...] arrays -> [m, n]; the last tile overlaps where n is ragged."""
     if n <= tile:
         return f(*arrays)
-    count = -(-n // tile)
+    count, whole = -(-n // tile), n // tile
 
     def rows(start, a):
-        return a if a is None or a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start, tile)
+        return a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start, tile)
 
     starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * tile, n - tile)
-    ys = lax.map(lambda start: f(*(rows(start, a) for a in arrays)), starts)
-    m, whole = ys.shape[1], n // tile
+    ys = lax.map(lambda start: f(*jax.tree.map(functools.partial(rows, start), arrays)), starts)
+    m = ys.shape[1]
     y = jnp.moveaxis(ys[:whole], 0, 1).reshape(m, whole * tile)
     return y if whole == count else jnp.concatenate([y, ys[-1][:, tile - n % tile :]], axis=1)
 
@@ -193,11 +210,14 @@ def _over_rows(f, arrays, n: int, tile: int) -> jax.Array:
 def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, tile=TILE):
     """No decoded copy of the weight: TILE rows of it are decoded, used and dropped."""
     x, left = _lhs(lhs, lhs_spec, k)
+    x_dtype = lhs.dtype if lhs_spec.element == "float" else None
     data, scale, zero, width = _planes(rhs, rhs_spec, n, k)
     p = decode.per_unit(rhs_spec.element)
     x = jnp.pad(x, ((0, 0), (0, width - k)))
-    xs = [x[:, i::p] for i in range(p)]
-    y = _over_rows(lambda *a: _tile_dot(xs, *a, rhs_spec.element), (data, scale, zero), n, tile)
+    if x.shape[0] >= BF16_ROWS and _fits_bf16(rhs_spec) and (x_dtype == jnp.bfloat16 or _fits_bf16(lhs_spec)):
+        x = x.astype(jnp.bfloat16)
+    xs, parts = [x[:, i::p] for i in range(p)], decode.split(data, rhs_spec.element)
+    y = _over_rows(lambda *a: _tile_dot(xs, *a, rhs_spec.element), (parts, scale, zero), n, tile)
     unit = 1.0 if scale is not None else _unit(rhs_spec)
     return _finish(y, left, _row_scale(rhs, rhs_spec) * unit, out_dtype)
 

@@ -1,0 +1,226 @@
+"""Training quantizers: NVFP4 and FP8 with the arithmetic of TransformerEngine, as pure functions of matrices.
+
+They differ from the formats in `jqopt.formats` in how scales round (they multiply by an encode scale where ModelOpt's
+export divides by the decode scale), so that training here equals training there. Each takes x [..., m, k], k contracted,
+and quantizes along k; for the other operand of a backward GEMM give it the transpose. Sources: the reference quantizers
+in TransformerEngine (custom_recipes and tests/pytorch/references, commit d0067d0d); docs/numerics.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jqopt import formats
+from jqopt._numerics import (
+    decode,
+    divide,
+    encode,
+    from_bits,
+    from_tiles,
+    pack,
+    quantize_matrix,
+    spread,
+    to_bits,
+    to_tiles,
+    unpack,
+)
+from jqopt.errors import UnsupportedError
+from jqopt.formats import E2M1, E4M3, Element
+
+# Signs of the random Hadamard transform: drawn once, the same in every layer and step (TransformerEngine's own).
+RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+_F32_MAX = float(np.finfo(np.float32).max)
+_SIXTH = float(np.float32(1) / np.float32(6))
+# An encode scale above 2^120 (amax below 2e-33) has a reciprocal that backends without subnormals flush to zero.
+_LARGEST_ENCODE = 2.0**120
+
+
+class Nvfp4(NamedTuple):
+    """codes [..., m, k/2] packed; scale [..., m, k/16] e4m3 bits; global_scale [...] ([..., m] if row scaled) float32."""
+
+    data: Array
+    scale: Array
+    global_scale: Array
+    amax: Array
+
+
+class Fp8(NamedTuple):
+    """codes [..., m, k] as bits in uint8; scale: float32, one for each tile [..., rows, cols]; e8m0 bits for mxfp8."""
+
+    data: Array
+    scale: Array
+
+
+# NVFP4 --------------------------------------------------------------------------------------------------------------
+
+
+def nvfp4(
+    x: Array,
+    *,
+    tile: tuple[int, int] = (1, 16),
+    amax: Array | None = None,
+    row_scaled: bool = False,
+    four_over_six: str | None = None,
+    e4m3_max: float = 448.0,
+) -> Nvfp4:
+    """NVFP4 with a global scale from amax, e4m3 scales for tiles of 1x16 or 16x16, round to nearest even.
+
+    Args:
+        tile: (16, 16) gives the same numbers for x and its transpose (weights).
+        amax: [...] (row scaled: [..., m]) float32, found elsewhere, e.g. over all devices; from x unless given.
+        row_scaled: one global scale for each row.
+        four_over_six: "mae" or "mse": for each tile also try a scale 1.5 times larger (its maximum falls on 4) and keep
+            it if the mean error is smaller. Its global scale maps amax to 6 * `e4m3_max`, 448 or 256.
+
+    Raises:
+        UnsupportedError: a shape that is not a multiple of the tile, or an unknown option.
+    """
+    _check(x, tile, four_over_six, e4m3_max)
+    tiles = to_tiles(x.astype(jnp.float32), tile)
+    if amax is None:
+        amax = jnp.max(jnp.abs(tiles), axis=(-3, -2, -1) if not row_scaled else (-2, -1), initial=0)
+        amax = jnp.max(amax, axis=-1, initial=0) if not row_scaled else amax[..., 0] if tile[0] == 1 else amax
+    amax = amax.astype(jnp.float32)
+    encode_scale = _encode_scale(amax, 6 * e4m3_max)
+    whole = encode_scale[..., None] if row_scaled else encode_scale[..., None, None]
+    block_amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+    if four_over_six is None:
+        codes, scale = _codes(tiles, encode(block_amax * (whole * _SIXTH), E4M3), whole)
+    else:
+        codes, scale = _four_over_six(tiles, block_amax, whole, amax, row_scaled, four_over_six, e4m3_max)
+    data = pack(from_tiles(codes, *x.shape[-2:]), E2M1.bits)
+    return Nvfp4(data, jnp.repeat(scale, tile[0], axis=-2), divide(1.0, encode_scale), amax)
+
+
+def nvfp4_values(q: Nvfp4) -> Array:
+    """codes * block scale, float32 [..., m, k]: exact, also in bfloat16; the global scale is left to the GEMM's result."""
+    codes = unpack(q.data, E2M1.bits, 2 * q.data.shape[-1])
+    tiles = decode(to_tiles(codes, (1, 16)), E2M1) * spread(decode(q.scale, E4M3))
+    return from_tiles(tiles, *codes.shape[-2:])
+
+
+def _check(x: Array, tile: tuple[int, int], four_over_six: str | None, e4m3_max: float) -> None:
+    if tile not in ((1, 16), (16, 16)):
+        raise UnsupportedError(f"nvfp4: tile {tile!r} is not (1, 16) or (16, 16)")
+    if x.shape[-1] % tile[1] or x.shape[-2] % tile[0]:
+        raise UnsupportedError(
+            f"nvfp4: a matrix of shape {x.shape} cannot be cut into tiles of {tile[0]}x{tile[1]}; "
+            "pad it with zeros (zeros change no scale)"
+        )
+    if four_over_six not in (None, "mae", "mse") or e4m3_max not in (448.0, 256.0):
+        raise UnsupportedError(
+            f"nvfp4: four_over_six {four_over_six!r} with e4m3_max {e4m3_max!r}; expected None, 'mae' or 'mse', "
+            "with 448 or 256"
+        )
+
+
+def _encode_scale(amax: Array, largest: float) -> Array:
+    scale = jnp.minimum(divide(largest, amax), _LARGEST_ENCODE)
+    return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+
+
+def _codes(tiles: Array, scale: Array, whole: Array) -> tuple[Array, Array]:
+    """Codes under block scales (e4m3 bits) and a global encode scale, and the same scales."""
+    inverse = jnp.minimum(divide(1.0, decode(scale, E4M3) * divide(1.0, whole)), _F32_MAX)
+    return encode(tiles * spread(inverse), E2M1), scale
+
+
+def _four_over_six(tiles, block_amax, whole, amax, row_scaled, measure, e4m3_max) -> tuple[Array, Array]:
+    base = divide(block_amax, 6.0) * whole
+    six, four = (_codes(tiles, encode(base * factor, E4M3), whole) for factor in (1.0, 1.5))
+    amax = amax[..., None, None, None] if not row_scaled else amax[..., None, None]
+    errors = [_error(tiles, *choice, amax, measure, e4m3_max) for choice in (six, four)]
+    better = errors[1] < errors[0]
+    return jnp.where(spread(better), four[0], six[0]), jnp.where(better, four[1], six[1])
+
+
+def _error(tiles, codes, scale, amax, measure, e4m3_max) -> Array:
+    """Error of each tile, summed in a fixed order: along k, then a tree over the rows of a 16x16 tile."""
+    values = decode(codes, E2M1) * spread(decode(scale, E4M3)) * amax[..., None]
+    difference = divide(values, 6 * e4m3_max) - tiles
+    # The bound changes nothing but keeps the compiler from contracting `sum + d * d` into one rounding.
+    error = jnp.abs(difference) if measure == "mae" else jnp.minimum(difference * difference, _F32_MAX)
+    total = jnp.zeros(error.shape[:-1], jnp.float32)
+    for i in range(error.shape[-1]):
+        total = total + error[..., i]
+    rows = total.shape[-2]
+    while rows > 1:
+        rows //= 2
+        total = total[..., :rows, :] + total[..., rows:, :]
+    return total[..., 0, :]
+
+
+def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS) -> Array:
+    """The random Hadamard transform of each 16 consecutive values of the last axis, rounded to bfloat16 (kept float32).
+
+    (1/4) * diag(signs) @ H16: orthogonal, so two operands transformed alike along their contraction give the same
+    product. Sums run as a butterfly: the same order, hence the same bits, on every device and under every transformation.
+
+    Raises:
+        UnsupportedError: the last axis is not a multiple of 16.
+    """
+    if x.shape[-1] % 16:
+        raise UnsupportedError(f"hadamard16: the last axis of {x.shape} is not a multiple of 16; pad it with zeros")
+    y = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 16) * jnp.asarray(signs, jnp.float32)
+    for half in (8, 4, 2, 1):
+        pairs = y.reshape(*x.shape[:-1], -1, 16 // (2 * half), 2, half)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = jnp.stack([a + b, a - b], axis=-2)
+    # reduce_precision, not astype: XLA may drop a cast to bfloat16 and back.
+    return lax.reduce_precision(y.reshape(x.shape) * 0.25, 8, 7)
+
+
+# FP8 ----------------------------------------------------------------------------------------------------------------
+
+
+def fp8_current(x: Array, element: Element = E4M3, *, power_of_two: bool = False, amax: Array | None = None) -> Fp8:
+    """FP8 with one scale for each matrix, from its own amax ("current scaling"); scale [..., 1, 1]."""
+    return _fp8(x, (x.shape[-2], x.shape[-1]), element, power_of_two, amax)
+
+
+def fp8_block(
+    x: Array, tile: tuple[int, int] = (1, 128), element: Element = E4M3, *, power_of_two: bool = True
+) -> Fp8:
+    """FP8 with one float32 scale for each 1x128 (activations, gradients) or 128x128 (weights) tile."""
+    return _fp8(x, tile, element, power_of_two, None)
+
+
+def mxfp8(x: Array, element: Element = E4M3) -> Fp8:
+    """MXFP8: 1x32 blocks under a power of two, rounded up; the same numbers as the format "mxfp8"."""
+    format = formats.Format("mxfp8", element, 32, formats.E8M0)
+    return Fp8(*quantize_matrix(x, format)[:2])
+
+
+def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Array | None) -> Fp8:
+    tiles = to_tiles(x.astype(jnp.float32), tile)
+    if amax is None:
+        amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+    else:
+        amax = amax.astype(jnp.float32)[..., None, None]
+    scale = jnp.minimum(divide(element.max, amax), _F32_MAX)
+    if power_of_two:  # rounded down: the exponent bits alone
+        scale = from_bits(to_bits(scale) & 0x7F800000)
+    scale = jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+    codes = encode(tiles * spread(scale), element)
+    return Fp8(from_tiles(codes, *x.shape[-2:]), divide(1.0, scale))
+
+
+# The layout of block scales that cuBLAS and cuDNN read -----------------------------------------------------------------
+
+
+def swizzle(scale: Array) -> Array:
+    """Block scales [rows, cols] (any bytes) in tiles of 128x4, as Blackwell's GEMMs read them, padded with zeros."""
+    rows, cols = scale.shape
+    padded = jnp.pad(scale, ((0, -rows % 128), (0, -cols % 4)))
+    tiles = padded.reshape(-(-rows // 128), 4, 32, -(-cols // 4), 4)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(padded.shape)
+
+
+def unswizzle(swizzled: Array, rows: int, cols: int) -> Array:
+    """The inverse of `swizzle` for scales [rows, cols]."""
+    tiles = swizzled.reshape(-(-rows // 128), -(-cols // 4), 32, 4, 4)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(swizzled.shape)[:rows, :cols]
