@@ -3,7 +3,7 @@
 from jqopt import algorithms, formats
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
-from jqopt._model import plan, quantize_model, trace
+from jqopt._model import load, plan, quantize_model, save, trace
 from jqopt._qtensor import QTensor
 from jqopt._quantize import quantize
 from jqopt._recipe import list_recipes, load_recipe
@@ -35,10 +35,12 @@ __all__ = [
     "formats",
     "linen",
     "list_recipes",
+    "load",
     "load_recipe",
     "nnx",
     "plan",
     "quantize",
     "quantize_model",
+    "save",
     "trace",
 ]

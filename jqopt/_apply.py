@@ -176,6 +176,7 @@ class Executor(Sited):
     def __init__(self, plan: Plan, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
         super().__init__(sites)
         self.simulate, self.backend = simulate, backend
+        self.values: dict[tuple, tuple[jax.Array, jax.Array]] = {}
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         found = self.at[address]
@@ -187,6 +188,16 @@ class Executor(Sited):
             return _jaxpr.bind(eqn, values), state
         run = OPS[site.op] if isinstance(weight, QView) else DECODED[site.op]
         return [run(self, eqn, values, site, found[0][1], eqn.outvars[0].aval)], state
+
+    def shared(self, x: jax.Array, order: tuple, decision: Decision, rows: jax.Array, tensor: QTensor) -> jax.Array:
+        """The quantized values of an activation, computed once for a group: its members have one input scale."""
+        spec = decision.input_format
+        assert spec is not None, decision.key
+        key = (id(x), order, spec, decision.group)
+        if key not in self.values:
+            values = _ops.quantize_input(rows, spec, tensor.input_scale if spec.static else None)
+            self.values[key] = (x, values)  # x is kept, so that its id stays its own
+        return self.values[key][1]
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
         """A dot with concatenated weights: one dot for each part, concatenated along the output axis."""
@@ -236,8 +247,12 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     order = [match.batch.index(a) for a in match.stack]
     order += [*range(b, b + f), *(b + f + match.contract.index(a) for a in match.cols)]
     lead = match.tensor.data.shape[:-2]
-    rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
-    got = _ops.matmul(rows, match.tensor, decision.input_format, simulate=rule.simulate, backend=rule.backend)
+    m, spec = math.prod(free_shape), decision.input_format
+    rows = fine.transpose(order).reshape(*lead, m, match.tensor.layout.k)
+    codes = _ops.takes_codes(spec, match.tensor, m, rule.simulate, rule.backend)
+    if spec is not None and not codes and match.tensor.pre_scale is None:
+        rows, spec = rule.shared(x, (lead, *order), decision, rows, match.tensor), None
+    got = _ops.matmul(rows, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
     back = [match.stack.index(a) for a in match.batch]
     mine, theirs = [b + f + match.rows.index(a) for a in match.free], list(range(b, b + f))

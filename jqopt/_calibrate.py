@@ -103,10 +103,11 @@ def calibrate(
     if not plan.needs_data:
         return stats
     _check(plan, params)
-    steps: dict[Any, Callable] = {}
+    steps = plan.compiled
     n = 0
     for n, batch in enumerate(batches, 1):
         arrays, rebuild, key = _trace.split_static(as_call(batch, kwargs))
+        key = ("calibrate", key)
         if key not in steps:
             steps[key] = jax.jit(functools.partial(_step, plan, rebuild), donate_argnums=(0,))
         stats = steps[key](stats, params, arrays)

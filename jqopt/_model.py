@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import jax
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
 
 from jqopt import _apply, _plan, _trace
 from jqopt._apply import Quantized
@@ -15,9 +19,12 @@ from jqopt._plan import Plan
 from jqopt._quantize import quantize as quantize
 from jqopt._recipe import Recipe, load_recipe
 from jqopt._trace import Graph
-from jqopt.errors import CalibrationError
+from jqopt.errors import CalibrationError, CheckpointError, UnsupportedError
+from jqopt.export.checkpoint import Checkpoint, PathLike
+from jqopt.export.orbax import load_params
+from jqopt.export.orbax import save as save
+from jqopt.export.tree import compare, describe, some
 from jqopt.frontends import function_of
-from flax import nnx
 
 
 def trace(model: Any, *inputs: Any, **kwargs: Any) -> Graph:
@@ -29,7 +36,7 @@ def trace(model: Any, *inputs: Any, **kwargs: Any) -> Graph:
     Raises:
         TraceError: the parameters aren't what this kind of model takes.
     """
-    if isinstance(model, nnx.Module):
+    if isinstance(model, flax_nnx.Module):
         return _trace.trace_function(function_of(model, None), inputs, kwargs)
     params, *rest = inputs or (None,)
     return _trace.trace_function(function_of(model, params), tuple(rest), kwargs)
@@ -45,13 +52,15 @@ def plan(recipe: str | dict | Recipe, graph: Graph) -> Plan:
     return _plan.make_plan(load_recipe(recipe), graph)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedModel:
     """A model with packed weights: call it as the model; `params`, `plan` and `quant` are plain values."""
 
     model: Any
     plan: Plan
     quant: Quantized
+    inputs: tuple[tuple, dict] | None = None
+    """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_run", _apply.apply(self.plan))
@@ -107,7 +116,7 @@ def quantize_model(
             "the recipe needs no calibration: the model is traced with them."
         )
     args, keywords = as_call(example, kwargs)
-    lead = () if isinstance(model, nnx.Module) else (params,)
+    lead = () if isinstance(model, flax_nnx.Module) else (params,)
     graph = trace(model, *lead, *args, **keywords)
     made = plan(recipe, graph)
     tree = graph.function.params
@@ -117,4 +126,131 @@ def quantize_model(
     if made.needs_data:
         stats = calibrate(made, tree, data, progress=lambda n: tell("calibrate", n), **kwargs)
     quant = quantize(made, tree, stats, donate=donate, progress=lambda p: tell("quantize", p))
-    return QuantizedModel(model, made, quant)
+    return QuantizedModel(model, made, quant, _shapes((args, keywords)))
+
+
+def _shapes(tree: Any) -> Any:
+    """Arrays as shapes; everything else as it is."""
+    arrays, rebuild, _ = _trace.split_static(tree)
+    return rebuild([jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for x in arrays])
+
+
+@overload
+def load(
+    directory: PathLike,
+    model: None = None,
+    *,
+    only: str | Sequence[str] | None = None,
+    shardings: Any = None,
+    verify: bool = True,
+) -> dict[str, Any]: ...
+
+
+@overload
+def load(
+    directory: PathLike,
+    model: Any,
+    *,
+    shardings: Any = None,
+    params: Any = None,
+    inputs: Any = None,
+    verify: bool = True,
+) -> QuantizedModel: ...
+
+
+def load(
+    directory: PathLike,
+    model: Any = None,
+    *,
+    only: str | Sequence[str] | None = None,
+    shardings: Any = None,
+    params: Any = None,
+    inputs: Any = None,
+    verify: bool = True,
+) -> Any:
+    """Reads what `save` wrote: a QuantizedModel, bit-equal to the saved one; needs no data and no float weights.
+
+    Without a model: {parameter path: QTensor or array}, of the parameters that `only` names.
+
+    Args:
+        directory: the checkpoint's folder.
+        model: the Linen module, NNX module or function that was quantized. Its own weights (NNX) aren't read.
+        only: a glob over parameter paths, or several (`"layers_0/*"`); only these are read from disk. Without a model.
+        shardings: where leaves go (default: the first device): one Sharding, a tree of Shardings like the parameters,
+            or a function of (parameter path, leaf, ShapeDtypeStruct), where leaf is "data", "scale", ... of a packed
+            tensor and "" for a plain array.
+        params: an example of the parameter tree (arrays or shapes); only needed where it holds containers of other
+            classes than dict, list and tuple. NNX modules are their own example.
+        inputs: one batch, or its shapes, to compare model and checkpoint with; default: those the model was quantized
+            with, if the checkpoint has them.
+        verify: compare each leaf with its sha256 (reads every byte once more).
+
+    Raises:
+        CheckpointError: nothing there; damaged, incomplete, of a newer version, or of another model. The message names
+            the leaf or the file.
+        UnsupportedError: a sharding doesn't fit a leaf, or `only` together with a model.
+    """
+    if model is None:
+        return load_params(directory, only=only, shardings=shardings, verify=verify)
+    if only is not None:
+        raise UnsupportedError("a model needs all its parameters: load(dir, only=...) without a model gives a part.")
+    checkpoint = Checkpoint(directory)
+    checkpoint.check_kind(_kind(model), type(model).__name__)
+    module = isinstance(model, flax_nnx.Module)
+    example = function_of(model, None).params if module else params
+    shapes = checkpoint.tree(checkpoint.shapes(), example)
+    function = function_of(model, None if module else shapes)._replace(params=shapes)
+    read = checkpoint.plan(function)
+    call = as_call(inputs, {}) if inputs is not None else checkpoint.call()
+    if call is not None:
+        _check_model(model, read, *call)
+    tree = checkpoint.tree(checkpoint.load(list(checkpoint.manifest.tensors), shardings, verify), example)
+    checkpoint.check_params(read, tree)
+    return QuantizedModel(model, read, Quantized(tree), None if call is None else _shapes(call))
+
+
+def _kind(model: Any) -> str:
+    if isinstance(model, flax_nnx.Module):
+        return "nnx"
+    return "linen" if isinstance(model, flax_linen.Module) else "function"
+
+
+def _check_model(model: Any, made: Plan, args: tuple, kwargs: dict) -> None:
+    """The model, traced with a checkpoint's parameters, must have the sites of its plan."""
+    if isinstance(model, flax_linen.Module) and "method" not in kwargs:
+        _check_init(model, made.function.params, args, kwargs)
+    try:
+        graph = _trace.trace_function(made.function, args, kwargs)
+    except Exception as e:
+        raise CheckpointError(
+            f"this checkpoint is of another model: {made.function.name} can't be traced with its parameters: {e}"
+        ) from e
+    mine = {f"{s.key} ({s.op})" for s in graph.sites if s.path is not None}
+    saved = {f"{d.key} ({d.op})" for d in made.decisions if d.path is not None}
+    if mine != saved:
+        raise CheckpointError(
+            f"this checkpoint is of another model. Sites that {made.function.name} has, and the checkpoint's plan "
+            f"lacks: {some(sorted(mine - saved))}; sites that the plan has, and the model lacks: "
+            f"{some(sorted(saved - mine))}."
+        )
+
+
+def _check_init(model: flax_linen.Module, variables: Any, args: tuple, kwargs: dict) -> None:
+    """A Linen module's own parameters, from the shapes that `init` gives, must be the checkpoint's."""
+    streams = kwargs.get("rngs")
+    names = {"params", *(streams if isinstance(streams, dict) else ())}
+    arrays, rebuild, _ = _trace.split_static((args, {k: v for k, v in kwargs.items() if k not in ("rngs", "mutable")}))
+
+    def init(arrays: list) -> Any:
+        positional, keywords = rebuild(arrays)
+        return model.init({name: jax.random.key(0) for name in names}, *positional, **keywords)
+
+    try:
+        made = jax.eval_shape(init, arrays)
+    except Exception:  # not every model can make its parameters with a call that it can be applied to; tracing decides
+        return
+    compare(_named(made["params"]), _named(variables["params"]))
+
+
+def _named(params: Any) -> dict[str, tuple]:
+    return {"/".join(parts): tuple(x.shape) for parts, x in describe(params)[1].items()}

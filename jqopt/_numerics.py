@@ -19,7 +19,8 @@ from jqopt.formats import E4M3, Element, Format, ceil_div
 
 # Scales below this are taken for zero: 2^-117 * 2^-9 (the smallest e4m3) is the smallest normal float32.
 TINY = 2.0**-117
-_SIGN, _MAGNITUDE, _SMALLEST_NORMAL = 0x80000000, 0x7FFFFFFF, 0x00800000
+_SIGN, _MAGNITUDE, _SMALLEST_NORMAL, _INFINITY = 0x80000000, 0x7FFFFFFF, 0x00800000, 0x7F800000
+_E8M0_NAN = 255
 
 
 class Codes(NamedTuple):
@@ -222,6 +223,15 @@ def _tile_of(scale_shape: tuple, n: int, k: int, format: Format) -> tuple:
 # Scales -------------------------------------------------------------------------------------------------------------
 
 
+def amax_of(x: Array, axis: tuple[int, ...] | None = None) -> Array:
+    """Largest absolute value over `axis` (all axes unless given), float32; 0 of nothing; NaN if there is one.
+
+    The maximum is taken over the bits: these rank as the values do and NaN ranks highest, while a float maximum drops
+    NaN on XLA's CPU backend. Its gradient is zero.
+    """
+    return from_bits(jnp.max(to_bits(x) & _MAGNITUDE, axis=axis, initial=0))
+
+
 def scale_from_amax(amax: Array, format: Format) -> Array:
     """What the largest absolute value becomes a scale by: amax / element.max, and amax / (6 * 448) for nvfp4.
 
@@ -248,14 +258,14 @@ def _safe(scale: Array) -> Array:
 
 
 def _exponent_from_amax(amax: Array, largest: float) -> Array:
-    """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for amax 0, 127 if not finite.
+    """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for 0, 127 for inf, 255 for NaN.
 
     This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the OCP text
     rounds it down.
     """
     ratio = to_bits(divide(amax, largest))
     exponent = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).astype(jnp.uint32)
-    exponent = jnp.where(ratio >= 0x7F800000, 127, exponent)
+    exponent = jnp.where(ratio >= _INFINITY, jnp.where(ratio == _INFINITY, 127, _E8M0_NAN), exponent)
     return jnp.where(ratio < _SMALLEST_NORMAL, 0, exponent).astype(jnp.uint8)
 
 
@@ -263,7 +273,9 @@ def decode_scale(scale: Array, format: Format) -> Array:
     """Stored scales as float32 (the global scale is not included); an e8m0 of 2^-127 reads as 0."""
     if format.scale.name == "e4m3":
         return decode(scale, E4M3)
-    return from_bits(scale.astype(jnp.uint32) << 23) if format.scale.name == "e8m0" else scale
+    if format.scale.name == "e8m0":
+        return jnp.where(scale == _E8M0_NAN, jnp.nan, from_bits(scale.astype(jnp.uint32) << 23))
+    return scale
 
 
 class _Scales(NamedTuple):
@@ -278,12 +290,12 @@ class _Scales(NamedTuple):
 def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor_scale: Array | None) -> _Scales:
     if format.zero_point:
         return _asymmetric_scales(tiles, format)
-    amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+    amax = amax_of(tiles, (-3, -1))
     if format.scale.name == "e8m0":
         stored = _exponent_from_amax(amax, format.element.max)
         return _Scales(stored, decode_scale(stored, format))
     if tensor_scale is None and (format.global_scale or tensor_amax is not None):
-        whole = jnp.max(amax, axis=(-2, -1), initial=0) if tensor_amax is None else tensor_amax
+        whole = amax_of(amax, (-2, -1)) if tensor_amax is None else tensor_amax
         tensor_scale = scale_from_amax(jnp.asarray(whole), format)
     if format.global_scale:
         return _two_level_scales(amax, tensor_scale, format)
@@ -308,6 +320,7 @@ def _asymmetric_scales(tiles: Array, format: Format) -> _Scales:
     low = jnp.min(tiles, axis=(-3, -1), initial=0)
     high = jnp.max(tiles, axis=(-3, -1), initial=0)
     scale = _safe(divide(high - low, format.element.max))
+    scale = jnp.where(jnp.isnan(amax_of(tiles, (-3, -1))), jnp.nan, scale)
     zero_point = encode(divide(-low, scale), format.element)
     return _Scales(scale, scale, None, zero_point)
 
@@ -407,4 +420,5 @@ def _times_power(x: Array, e8m0: Array) -> Array:
     """x * 2^(bits - 127) in two exact steps: 2^-127 itself is subnormal, the product usually is not."""
     half = e8m0.astype(jnp.uint32) >> 1
     rest = e8m0.astype(jnp.uint32) - half
-    return x * from_bits((half + 64) << 23) * from_bits((rest + 63) << 23)
+    first = jnp.where(e8m0 == _E8M0_NAN, jnp.nan, from_bits((half + 64) << 23))
+    return x * first * from_bits((rest + 63) << 23)

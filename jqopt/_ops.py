@@ -56,11 +56,22 @@ _qdq.defvjp(_qdq_fwd, _qdq_bwd)
 
 
 def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
-    granularity = {"token": "channel"}.get(spec.granularity, spec.granularity)
-    return {"granularity": granularity, "tensor_scale": scale if spec.static else None}
+    return {"granularity": _rows(spec), "tensor_scale": scale if spec.static else None}
+
+
+def _rows(spec: InputFormat) -> str:
+    """The granularity in a matrix's words: a token is a row, as an output channel is."""
+    return "channel" if spec.granularity == "token" else spec.granularity
 
 
 # --------------------------------------------------------------------------------------------- matrices
+
+
+def takes_codes(spec: InputFormat | None, weight: QTensor, m: int, simulate: bool, backend: str | None) -> bool:
+    """Will a product with m rows multiply the activation's codes? If not, its quantized values may be shared."""
+    if spec is None or simulate:
+        return False
+    return backend is not None or _find(operand(spec.format, _rows(spec)), _facts(weight), m, None).low_precision
 
 
 def matmul(
@@ -68,61 +79,64 @@ def matmul(
 ) -> jax.Array:
     """x [*stack, m, k] times a packed weight [*stack, n, k], transposed: float32 [*stack, m, n].
 
-    The gradient goes straight through both quantizers: dx = dy @ dequantized(weight).
+    `spec` None: x is multiplied as it is. The gradient goes straight through both quantizers:
+    dx = dy @ dequantized(weight).
     """
-    facts = Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
+    facts = _facts(weight)
     if weight.pre_scale is not None:
         x = x * weight.pre_scale[..., None, :].astype(x.dtype)
     scale = weight.input_scale if spec is not None and spec.static else None
+    if not takes_codes(spec, weight, x.shape[-2], simulate, backend):
+        x, spec, scale = x if spec is None else quantize_input(x, spec, scale), None, None
     arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
-    run = functools.partial(_matmul, facts=facts, spec=spec, simulate=simulate, backend=backend)
-    batch = weight.data.ndim - 2
-    shared = 0 if scale is None else batch - scale.ndim
-    for level in range(batch):  # innermost axes first: an input scale belongs to the outer ones only
-        run = jax.vmap(run, in_axes=(0, 0, None if scale is None or level < shared else 0))
-    return run(x, arrays, scale)
+
+    def run(x: jax.Array, arrays: kernels.Packed) -> jax.Array:
+        return _product(x, arrays, scale, facts, spec, simulate, backend)
+
+    for _ in range(weight.data.ndim - 2):
+        run = jax.vmap(run)
+    return run(x, arrays)
 
 
-def _matmul(x, arrays, scale, *, facts, spec, simulate, backend) -> jax.Array:
-    return _straight_through(x, arrays, scale, facts, spec, simulate, backend)
+def _facts(weight: QTensor) -> Weight:
+    return Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _straight_through(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate: bool, backend):
-    if simulate:
-        left = x.astype(jnp.float32) if spec is None else _qdq(x, scale, spec)
-        return lax.dot_general(left, _dequantize(arrays, facts), _NT, preferred_element_type=jnp.float32)
-    lhs, lhs_spec = _left(x, scale, spec)
-    rhs_spec = operand(facts.format, facts.granularity)
-    shapes = kernels.Shapes(x.shape[0], facts.n, facts.k)
-    kernel = kernels.find("qdot", lhs_spec, rhs_spec, jax.default_backend(), shapes, backend=backend)
-    return kernel.run(lhs, arrays, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=facts.n, k=facts.k)
+def _find(lhs: kernels.Operand, facts: Weight, m: int, backend: str | None) -> kernels.Kernel:
+    rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(m, facts.n, facts.k)
+    return kernels.find("qdot", lhs, rhs, jax.default_backend(), shapes, backend=backend)
 
 
+FLOAT = kernels.Operand("float", None, None, None)
 _NT = (((1,), (1,)), ((), ()))
 
 
-def _forward(x, arrays, scale, facts, spec, simulate, backend):
-    out = _straight_through(x, arrays, scale, facts, spec, simulate, backend)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _product(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
+    if simulate:
+        return lax.dot_general(x.astype(jnp.float32), _dequantize(arrays, facts), _NT)
+    lhs, lhs_spec = x, FLOAT
+    if spec is not None:
+        lhs_spec = operand(spec.format, _rows(spec))
+        lhs = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
+    kernel = _find(lhs_spec, facts, x.shape[0], backend)
+    rhs_spec = operand(facts.format, facts.granularity)
+    return kernel.run(lhs, arrays, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=facts.n, k=facts.k)
+
+
+def _product_fwd(x, arrays, scale, facts, spec, simulate, backend):
+    out = _product(x, arrays, scale, facts, spec, simulate, backend)
     return out, (arrays, scale, jnp.zeros((0,), x.dtype))
 
 
-def _backward(facts, spec, simulate, backend, kept, g):
+def _product_bwd(facts, spec, simulate, backend, kept, g):
     arrays, scale, like = kept
     weight = _dequantize(arrays, facts)
     dx = lax.dot_general(g.astype(jnp.float32), weight, (((1,), (0,)), ((), ())))
     return dx.astype(like.dtype), None, None if scale is None else jnp.zeros_like(scale)
 
 
-_straight_through.defvjp(_forward, _backward)
-
-
-def _left(x: jax.Array, scale: jax.Array | None, spec: InputFormat | None):
-    if spec is None:
-        return x, kernels.Operand("float", None, None, None)
-    codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
-    granularity = {"token": "channel"}.get(spec.granularity, spec.granularity)
-    return kernels.Packed(*codes), operand(spec.format, granularity)
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def _dequantize(arrays, facts: Weight) -> jax.Array:
@@ -140,9 +154,7 @@ def operand(format: Format, granularity: str) -> kernels.Operand:
 
 def explain(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> list[tuple[str, str | None]]:
     """For one product: every kernel of the table with None (it can) or the reason why not, in order of preference."""
-    lhs = kernels.Operand("float", None, None, None)
-    if spec is not None:
-        lhs = operand(spec.format, {"token": "channel"}.get(spec.granularity, spec.granularity))
+    lhs = FLOAT if spec is None else operand(spec.format, _rows(spec))
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
     return kernels.explain("qdot", lhs, rhs, device or jax.default_backend(), shapes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -74,16 +75,17 @@ class Plan:
     parameters: Mapping[str, Parameter]
     opaque: tuple[str, ...] = ()
     function: Any = dataclasses.field(default=None, compare=False, repr=False)
+    compiled: dict = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)  # a cache
 
     def __getitem__(self, key: str) -> Decision:
         """The decision for a site, by its key."""
         return self.by_key[key]
 
-    @property
+    @functools.cached_property
     def by_key(self) -> dict[str, Decision]:
         return {d.key: d for d in self.decisions}
 
-    @property
+    @functools.cached_property
     def quantized(self) -> dict[str, Decision]:
         """The deciding site of each parameter that is quantized, by parameter path."""
         found: dict[str, Decision] = {}

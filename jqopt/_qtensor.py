@@ -118,17 +118,17 @@ class Layout:
     def _to_matrix(self, x: Array, extra: int) -> Array:
         lead = x.shape[:extra]
         order = [*range(extra), *(extra + i for i in (*self.stack, *self.rows, *self.cols))]
-        atoms = x.reshape(*lead, *self.atoms).transpose(order)
-        return atoms.reshape(*lead, *(self.atoms[i] for i in self.stack), self.n, self.k)
+        atoms = x.reshape((*lead, *self.atoms)).transpose(order)
+        return atoms.reshape((*lead, *(self.atoms[i] for i in self.stack), self.n, self.k))
 
     def from_matrix(self, m: Array) -> Array:
         """[*stack, n, k] -> [*shape]; leading stack atoms may be missing, and further axes may stand in front."""
         layout, extra = self.for_stack(m.ndim - 2)
         lead = m.shape[:extra]
         order = (*layout.stack, *layout.rows, *layout.cols)
-        atoms = m.reshape(*lead, *(layout.atoms[i] for i in order))
+        atoms = m.reshape((*lead, *(layout.atoms[i] for i in order)))
         back = [*range(extra), *(extra + order.index(i) for i in range(len(order)))]
-        return atoms.transpose(back).reshape(*lead, *layout.shape)
+        return atoms.transpose(back).reshape((*lead, *layout.shape))
 
 
 _LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale")

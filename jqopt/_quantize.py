@@ -12,7 +12,7 @@ import numpy as np
 
 from jqopt import _numerics, algorithms
 from jqopt._apply import Quantized, check_paths
-from jqopt._calibrate import Stats, check_stats
+from jqopt._calibrate import Stats, algorithm_of, check_stats
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.algorithms import Problem
@@ -43,13 +43,13 @@ def quantize(
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
     _check_input(plan, found, stats)
-    shared = group_amax(plan, found)
+    shared, inputs = group_amax(plan, found), input_amax(plan, stats or {})
     for i, path in enumerate(paths):
         d = plan.quantized.get(path) if path is not None else None
         if d is None:
             continue
         state = None if stats is None or path not in plan.needs_data else stats[path]
-        packed = solve(d, leaves[i], state, shared.get(path))
+        packed = solve(d, leaves[i], state, shared.get(path), inputs.get(path))
         if donate and isinstance(leaves[i], jax.Array):
             jax.block_until_ready(packed)
             leaves[i].delete()
@@ -110,12 +110,43 @@ def _amax(w: jax.Array, layout: Any) -> jax.Array:
     return jnp.max(jnp.abs(layout.to_matrix(w)), axis=(-2, -1)).astype(jnp.float32)
 
 
-def solve(d: Decision, w: jax.Array, state: Any, tensor_amax: jax.Array | None) -> QTensor:
-    """One parameter, packed. `state` and `tensor_amax` have its stacked axes first."""
+def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:
+    """Largest |activation| that the static input scale of each parameter is made from, by path: [*outer] float32.
+
+    Parameters that read one activation (q, k, v) get one scale, also where one of them reads another one besides.
+    """
+    amax = {p: algorithm_of(plan.quantized[p]).input_amax(stats[p]) for p in plan.needs_data if p in stats}
+    groups: dict[str, set[str]] = {}
+    for d in plan.decisions:
+        if d.group and d.path in amax:
+            groups.setdefault(d.group, set()).add(d.path)
+    for members in _components(list(groups.values())):
+        whole = functools.reduce(jnp.maximum, [amax[p] for p in sorted(members)])
+        amax.update(dict.fromkeys(members, whole))
+    return amax
+
+
+def _components(groups: list[set[str]]) -> list[set[str]]:
+    """Groups with a common member, joined."""
+    out: list[set[str]] = []
+    for group in groups:
+        touching = [g for g in out if g & group]
+        out = [g for g in out if not g & group] + [set().union(group, *touching)]
+    return out
+
+
+def solve(
+    d: Decision, w: jax.Array, state: Any, tensor_amax: jax.Array | None, input_amax: jax.Array | None = None
+) -> QTensor:
+    """One parameter, packed. `state`, `tensor_amax` and `input_amax` have its stacked axes first."""
     assert d.layout is not None and d.weight is not None, d.key
-    codes, input_scale = _solve(
+    codes = _solve(
         w, state, tensor_amax, d.layout, d.format, d.granularity, d.algorithm[-1], d.input_format, len(d.outer)
     )
+    input_scale = None
+    if d.input is not None and d.input.needs_calibration:
+        assert input_amax is not None, d.key
+        input_scale = _numerics.scale_from_amax(input_amax, d.input.element_format())
     return QTensor(*codes, input_scale, None, d.format, d.granularity, d.layout, np.dtype(w.dtype).name)
 
 
@@ -129,8 +160,4 @@ def _solve(w, state, tensor_amax, layout, format, granularity, spec, input_forma
     for axis in reversed(range(len(layout.stack))):  # innermost first; statistics belong to the outer axes only
         has = state is not None and axis < outer
         run = jax.vmap(run, in_axes=(0, 0 if has else None, None if tensor_amax is None else 0))
-    codes = run(layout.to_matrix(w), state, tensor_amax)
-    scale = None
-    if input_format is not None and input_format.static:
-        scale = _numerics.scale_from_amax(algorithm.input_amax(state), input_format.format)
-    return codes, scale
+    return run(layout.to_matrix(w), state, tensor_amax)

@@ -822,8 +822,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     """Reads and checks a recipe, and resolves what it extends.
 
     The first rule of the result that matches a site decides. In this order: the recipe's own rules, those
-    of the files it extends, its own trailing fallbacks (`match: "*"`), then theirs. Extended rules that can no
-    longer match are left out.
+    of the files it extends, its own trailing fallbacks (`match: "*"`), then theirs. Extended rules that can
+    no longer match are left out.
 
     Args:
         source: the name of a shipped recipe ("nvfp4"), a path, plain data as a file holds it, or a Recipe.
@@ -834,7 +834,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     """
     if isinstance(source, Recipe) and not source.extends:
         file = _File(f"recipe {source.name!r}", {})
-        _refuse_idle(file, source.rules)
+        _refuse_idle(file, _reachable(source.rules, own=True))
         return source
     file = _open(source.to_dict() if isinstance(source, Recipe) else source)
     part = _part(file, (), set())

@@ -239,23 +239,32 @@ def safe(scale):
     return np.where(scale < 2.0**-117, F32(1), scale)
 
 
-def jax_qdq(x, fmt, granularity):
+def eager_qdq(x, fmt, granularity=None):
     codes = num.quantize_matrix(x, fmt, granularity=granularity)
     return codes, num.dequantize_matrix(*codes, fmt, x.shape[-1])
 
 
-@pytest.mark.parametrize("shape", [(8, 256), (5, 70)])
+jax_qdq = jax.jit(eager_qdq, static_argnums=(1, 2))
+qdq = jax.jit(num.qdq_matrix, static_argnums=1, static_argnames="granularity")
+
+
 @pytest.mark.parametrize(("name", "block", "granularity"), CASES)
-def test_eager_jit_and_numpy_agree(name, block, granularity, shape):
-    fmt, x = case(name, block), samples(2, *shape)
+def test_eager_jit_and_numpy_agree(name, block, granularity):
+    fmt, x = case(name, block), samples(2, 5, 70)
     expected = numpy_qdq(x, fmt, granularity or fmt.granularity)
-    codes, y = jax_qdq(jnp.asarray(x), fmt, granularity)
+    codes, y = eager_qdq(jnp.asarray(x), fmt, granularity)
     assert_bits(y, expected)
-    jit_codes, jit_y = jax.jit(lambda x: jax_qdq(x, fmt, granularity))(x)
+    jit_codes, jit_y = jax_qdq(x, fmt, granularity)
     assert_bits(jit_y, expected)
     jax.tree.map(assert_bits, codes, jit_codes)
     assert_bits(num.qdq_matrix(jnp.asarray(x), fmt, granularity=granularity), expected)
-    assert_bits(jax.jit(lambda x: num.qdq_matrix(x, fmt, granularity=granularity))(x), expected)
+    assert_bits(qdq(x, fmt, granularity=granularity), expected)
+
+
+@pytest.mark.parametrize(("name", "block", "granularity"), CASES)
+def test_whole_blocks_agree_with_numpy(name, block, granularity):
+    fmt, x = case(name, block), samples(12, 48, 256)
+    assert_bits(qdq(x, fmt, granularity=granularity), numpy_qdq(x, fmt, granularity or fmt.granularity))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -265,10 +274,10 @@ def test_vmap_and_scan_agree(name):
     expected = np.stack([numpy_qdq(m, fmt, fmt.granularity) for m in x])
     batched, y = jax_qdq(jnp.asarray(x), fmt, None)
     assert_bits(y, expected)
-    mapped, y = jax.jit(jax.vmap(lambda m: jax_qdq(m, fmt, None)))(x)
+    mapped, y = jax.jit(jax.vmap(lambda m: eager_qdq(m, fmt)))(x)
     assert_bits(y, expected)
     jax.tree.map(assert_bits, batched, mapped)
-    _, (scanned, y) = lax.scan(lambda c, m: (c, jax_qdq(m, fmt, None)), 0, jnp.asarray(x))
+    _, (scanned, y) = lax.scan(lambda c, m: (c, eager_qdq(m, fmt)), 0, jnp.asarray(x))
     assert_bits(y, expected)
     jax.tree.map(assert_bits, batched, scanned)
 
@@ -276,7 +285,7 @@ def test_vmap_and_scan_agree(name):
 @pytest.mark.parametrize("name", ALL)
 def test_stored_layout(name):
     fmt = case(name)
-    codes = num.quantize_matrix(jnp.ones((3, 5, 70)), fmt)
+    codes, _ = jax_qdq(jnp.ones((3, 5, 70)), fmt, None)
     assert codes.data.shape == (3, 5, -(-70 * fmt.element.bits // 8))
     assert codes.scale.shape == (3, *fmt.scale_shape(5, 70))
     assert codes.scale.dtype == (jnp.float32 if fmt.scale.name == "float32" else jnp.uint8)
@@ -322,13 +331,13 @@ def test_rounds_to_the_nearest_code(name, block, granularity):
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_odd_symmetry(name):
     x = jnp.asarray(samples(4, 6, 80))
-    np.testing.assert_array_equal(num.qdq_matrix(-x, case(name)), -num.qdq_matrix(x, case(name)))
+    np.testing.assert_array_equal(qdq(-x, case(name)), -qdq(x, case(name)))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if formats.get(name).scale.name == "e8m0"])
 def test_powers_of_two_scale_exactly(name):
     x = jnp.asarray(samples(5, 6, 80))
-    np.testing.assert_array_equal(num.qdq_matrix(x * 8, case(name)), 8 * num.qdq_matrix(x, case(name)))
+    np.testing.assert_array_equal(qdq(x * 8, case(name)), 8 * qdq(x, case(name)))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -349,7 +358,7 @@ def test_a_block_does_not_see_its_neighbours(name):
     changed = x.copy()
     changed[:, 64:] = np.abs(x).max() * F32(0.5)  # the tensor's amax stays (nvfp4's global scale)
     x[3, 0] = changed[3, 0] = np.abs(x).max()
-    a, b = (np.asarray(num.qdq_matrix(jnp.asarray(m), fmt)) for m in (x, changed))
+    a, b = (np.asarray(qdq(m, fmt)) for m in (x, changed))
     assert_bits(a[:, :64], b[:, :64])
 
 
@@ -367,7 +376,7 @@ def test_zeros_give_zeros(name):
 def test_ranges_survive(name, exponent):
     """A tensor of any magnitude from 2^-20 to 2^14 keeps its relative error (not so where a block scale underflows)."""
     x = np.random.default_rng(8).standard_normal((16, 128)).astype(F32)
-    y = np.asarray(num.qdq_matrix(jnp.asarray(x * F32(2.0**exponent)), case(name))) / F32(2.0**exponent)
+    y = np.asarray(qdq(x * F32(2.0**exponent), case(name))) / F32(2.0**exponent)
     assert np.isfinite(y).all()
     error = np.sqrt(np.mean((x - y) ** 2) / np.mean(x**2))
     limits = {"int8": 0.01, "mxint8": 0.012, "mxfp6": 0.06, "fp8_e5m2": 0.06, "mxfp6_e2m3": 0.04, "mxfp4": 0.14}
@@ -377,14 +386,14 @@ def test_ranges_survive(name, exponent):
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_finite(name):
     x = jnp.asarray(samples(9, 4, 70))
-    grad = jax.grad(lambda x: jnp.sum(num.qdq_matrix(x, case(name)) ** 2))(x)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(num.qdq_matrix(x, case(name)) ** 2)))(x)
     assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_block", "nvfp4", "int4", "nf4"])
+@pytest.mark.parametrize("name", ALL)
 def test_nan_is_not_hidden(name):
-    x = jnp.ones((2, 64)).at[0, 3].set(jnp.nan)
-    assert np.isnan(num.qdq_matrix(x, case(name))[0]).any()
+    for x in (jnp.ones((2, 64)), jnp.ones((128, 128))):
+        assert np.isnan(qdq(x.at[0, 3].set(jnp.nan), case(name))[0, :16]).all()
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "nvfp4", "mxfp8", "int4"])
@@ -428,7 +437,7 @@ def test_a_given_scale(name, granularity):
     assert_bits(given(tensor_amax=amax), own)
     assert_bits(given(tensor_scale=num.scale_from_amax(amax, fmt)), own)
     half = np.asarray(given(tensor_amax=amax / 2))
-    assert np.abs(half).max() == pytest.approx(float(amax) / 2, rel=1e-6)  # larger values saturate
+    assert np.abs(half).max() == pytest.approx(float(amax) / 2, rel=1 / 127)  # larger values saturate (-128)
     codes = num.quantize_matrix(x, fmt, granularity=granularity, tensor_amax=amax / 2)
     assert_bits(num.dequantize_matrix(*codes, fmt, 48), half)
 

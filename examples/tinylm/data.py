@@ -1,4 +1,4 @@
-"""The tiny model's texts as token ids: WikiText-2's whole test set, and windows of its train set to calibrate on."""
+"""The tiny model's texts as token ids: the test set of WikiText-2, and windows of its train set."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,7 +7,6 @@ through in batches, and of the logits only sums per window are kept.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ Logits = Callable[[jax.Array], jax.Array]
 class Comparison:
     """A candidate model against a reference, over all predictions of the windows.
 
-    `kl`: mean KL(reference || candidate), nats. `loss_change`: mean loss of the candidate less that of the reference,
-    nats; `loss_change_error`: its standard error, paired by window. `agreement`: share of equal most likely
-    tokens.
+    `kl`: mean KL(reference || candidate), nats. `loss_change`: mean loss of the candidate less that of the
+    reference, nats; `loss_change_error`: its standard error, paired by window. `agreement`: share of equal
+    most likely tokens.
     """
 
     perplexity: float
@@ -51,10 +50,10 @@ def compare(reference: Logits, candidate: Logits, windows: np.ndarray, batch: in
     return Comparison(
         perplexity=math.exp(after.sum() / count),
         reference_perplexity=math.exp(before.sum() / count),
-        kl=kl.sum() / count,
-        loss_change=change.mean(),
-        loss_change_error=change.std(ddof=1) / math.sqrt(len(change)) if len(change) > 1 else math.nan,
-        agreement=same.sum() / count,
+        kl=float(kl.sum() / count),
+        loss_change=float(change.mean()),
+        loss_change_error=float(change.std(ddof=1)) / math.sqrt(len(change)) if len(change) > 1 else math.nan,
+        agreement=float(same.sum() / count),
         predictions=count,
     )
 
@@ -72,10 +71,9 @@ def _losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 @jax.jit
 def _distances(reference: jax.Array, candidate: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
     """Per prediction: both losses, the divergence, and whether the most likely token is the same."""
-    wide = partial(jnp.astype, dtype=jnp.float32)
-    p, q = (jax.nn.log_softmax(wide(x), axis=-1) for x in (reference, candidate))
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (reference, candidate))
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    same = wide(jnp.argmax(reference, axis=-1) == jnp.argmax(candidate, axis=-1))
+    same = jnp.argmax(reference, axis=-1) == jnp.argmax(candidate, axis=-1)
     return _losses(reference, targets), _losses(candidate, targets), kl, same
 
 
@@ -91,7 +89,7 @@ def _by_window(
 
 
 def _equal_batches(windows: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int]]:
-    """Batches of one shape, so that a jitted model compiles once: the last is filled up with its first window."""
+    """Batches of one shape, so that a jitted model compiles once: the last is filled up."""
     for at in range(0, len(windows), batch):
         ids = windows[at : at + batch]
         filler = np.repeat(ids[:1], batch - len(ids), axis=0)

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jqopt import formats
 from jqopt._numerics import (
+    amax_of,
     decode,
     divide,
     encode,
@@ -79,15 +80,14 @@ def nvfp4(
     Raises:
         UnsupportedError: a shape that is not a multiple of the tile, or an unknown option.
     """
-    _check(x, tile, four_over_six, e4m3_max)
+    _check(x, tile, row_scaled, four_over_six, e4m3_max)
     tiles = to_tiles(x.astype(jnp.float32), tile)
     if amax is None:
-        amax = jnp.max(jnp.abs(tiles), axis=(-3, -2, -1) if not row_scaled else (-2, -1), initial=0)
-        amax = jnp.max(amax, axis=-1, initial=0) if not row_scaled else amax[..., 0] if tile[0] == 1 else amax
+        amax = amax_of(x, (-1,) if row_scaled else (-2, -1))
     amax = amax.astype(jnp.float32)
     encode_scale = _encode_scale(amax, 6 * e4m3_max)
     whole = encode_scale[..., None] if row_scaled else encode_scale[..., None, None]
-    block_amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+    block_amax = amax_of(tiles, (-3, -1))
     if four_over_six is None:
         codes, scale = _codes(tiles, encode(block_amax * (whole * _SIXTH), E4M3), whole)
     else:
@@ -103,9 +103,11 @@ def nvfp4_values(q: Nvfp4) -> Array:
     return from_tiles(tiles, *codes.shape[-2:])
 
 
-def _check(x: Array, tile: tuple[int, int], four_over_six: str | None, e4m3_max: float) -> None:
-    if tile not in ((1, 16), (16, 16)):
-        raise UnsupportedError(f"nvfp4: tile {tile!r} is not (1, 16) or (16, 16)")
+def _check(x: Array, tile: tuple[int, int], row_scaled: bool, four_over_six: str | None, e4m3_max: float) -> None:
+    if tile not in ((1, 16), (16, 16)) or (row_scaled and tile != (1, 16)):
+        raise UnsupportedError(
+            f"nvfp4: tile {tile!r} with row_scaled={row_scaled}; expected (1, 16), or (16, 16) without row_scaled"
+        )
     if x.shape[-1] % tile[1] or x.shape[-2] % tile[0]:
         raise UnsupportedError(
             f"nvfp4: a matrix of shape {x.shape} cannot be cut into tiles of {tile[0]}x{tile[1]}; "
@@ -198,7 +200,7 @@ def mxfp8(x: Array, element: Element = E4M3) -> Fp8:
 def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Array | None) -> Fp8:
     tiles = to_tiles(x.astype(jnp.float32), tile)
     if amax is None:
-        amax = jnp.max(jnp.abs(tiles), axis=(-3, -1), initial=0)
+        amax = amax_of(tiles, (-3, -1))
     else:
         amax = amax.astype(jnp.float32)[..., None, None]
     scale = jnp.minimum(divide(element.max, amax), _F32_MAX)

@@ -58,6 +58,8 @@ class Kernel(NamedTuple):
     supports(lhs, rhs, device, shapes) is None where the kernel can do it, else the reason why not.
     prepare(packed) -> packed is applied once to a weight that will be used many times (may be the identity).
     run(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype) -> [m, n]; see `reference.qdot` for what it must equal.
+    low_precision: it multiplies the codes of a quantized lhs themselves. Any other kernel decodes them first, so that
+        a caller who has the values at hand may as well pass those, as a float lhs.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Kernel(NamedTuple):
     supports: Callable[[Operand, Operand, str, Shapes], str | None]
     prepare: Callable[[Packed], Packed]
     run: Callable[..., jax.Array]
+    low_precision: bool = False
 
 
 def as_is(packed: Packed) -> Packed:

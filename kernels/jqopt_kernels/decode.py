@@ -44,7 +44,7 @@ def unit(element: str) -> float:
 
 
 def raw(codes: jax.Array, element: str) -> jax.Array:
-    """Codes, one a byte, any shape -> f32 values divided by `unit(element)`. The NaN codes of e4m3 become +-480."""
+    """Codes, one a byte, any shape -> f32 values divided by `unit(element)`; NaN where the format has NaN."""
     bits, mantissa, _ = CODINGS[element]
     if element == "nf4":
         return _nf4(codes)
@@ -54,15 +54,13 @@ def raw(codes: jax.Array, element: str) -> jax.Array:
         return _signed(codes, bits).astype(jnp.float32)
     word, sign = codes.astype(jnp.uint16), 1 << (bits - 1)
     half = ((word & sign) << (16 - bits)) | ((word & (sign - 1)) << (10 - mantissa))
-    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
+    out = lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
+    return jnp.where((codes & 0x7F) == 0x7F, jnp.nan, out) if element == "e4m3" else out
 
 
 def values(codes: jax.Array, element: str) -> jax.Array:
-    """Codes, one a byte -> exact f32 values, NaN where the format has NaN."""
-    out = raw(codes, element)
-    if element == "e4m3":
-        out = jnp.where((codes & 0x7F) == 0x7F, jnp.nan, out)
-    return out if unit(element) == 1.0 else out * unit(element)
+    """Codes, one a byte -> exact f32 values."""
+    return raw(codes, element) if unit(element) == 1.0 else raw(codes, element) * unit(element)
 
 
 def scales(scale: jax.Array, kind: str | None) -> jax.Array:
@@ -78,7 +76,7 @@ def scales(scale: jax.Array, kind: str | None) -> jax.Array:
     return jnp.where(scale == 255, jnp.nan, lax.bitcast_convert_type(bits, jnp.float32))
 
 
-def per_unit(element: str) -> int:
+def plane_count(element: str) -> int:
     """How many planes `planes` gives: 1, 2 (4-bit) or 4 (6-bit)."""
     return {8: 1, 4: 2, 6: 4}[CODINGS[element].bits]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
 from .reference import reference
-from .xla_dot import xla_decode, xla_fp8, xla_int8, xla_tiled
+from .xla_dot import xla_decode, xla_fp8, xla_int8, xla_int8_row
+from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
 KERNELS: tuple[Kernel, ...] = (
     xla_int8,
+    xla_int8_row,
     xla_fp8,
+    xla_tiled_bf16,
     xla_tiled,
     xla_decode,
     reference,
@@ -25,9 +28,7 @@ def explain(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes) ->
     return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in KERNELS if k.op == op]
 
 
-def find(
-    op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None
-) -> Kernel:
+def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None) -> Kernel:
     """The first kernel of `op` that can do it, or the one named `backend`.
 
     device: `jax.default_backend()` ("cpu", "gpu", "cuda", "tpu", ...).

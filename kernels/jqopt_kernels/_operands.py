@@ -1,0 +1,100 @@
+"""What the XLA kernels do with operands before and after a product: which scales go where, and what is exact."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import decode
+from ._types import Operand, Packed
+
+NT = (((1,), (1,)), ((), ()))  # [m, k] x [n, k] -> [m, n]
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [m, k] @ w.T for w [n, k], f32 sums; float32 inputs are not rounded to TF32 or bfloat16 on the way."""
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, w, NT, precision=precision, preferred_element_type=jnp.float32)
+
+
+def unknown(lhs: Operand, rhs: Operand) -> str | None:
+    """Why `decode` cannot read an operand, or None."""
+    for side, spec in (("lhs", lhs), ("rhs", rhs)):
+        if spec.element not in decode.CODINGS and (side, spec.element) != ("lhs", "float"):
+            return f"{side} element {spec.element!r} is unknown; known: {', '.join(sorted(decode.CODINGS))}"
+        if spec.zero_point and not spec.element.startswith(("int", "uint")):
+            return f"{side} has a zero point, which only integer elements have, and is {spec.element}"
+    return None
+
+
+def by_row(spec: Operand) -> bool:
+    """Whether the operand's scale is constant along k, and so can be applied after the product."""
+    return spec.element != "float" and spec.granularity in ("tensor", "channel") and not spec.zero_point
+
+
+def fits_bf16(spec: Operand) -> bool:
+    """Whether every value without its row scale is exactly a bfloat16 (8 significant bits)."""
+    if spec.element in ("float", "nf4") or spec.zero_point:
+        return False
+    if by_row(spec) or spec.scale in (None, "e8m0"):
+        return True
+    return spec.scale == "e4m3" and decode.CODINGS[spec.element].mantissa is not None  # at most 4 x 4 bits
+
+
+def both_fit_bf16(x: jax.Array | Packed, lhs: Operand, rhs: Operand) -> bool:
+    """Whether a bfloat16 product of the operands without row scales loses nothing."""
+    exact = x.dtype == jnp.bfloat16 if isinstance(x, jax.Array) else fits_bf16(lhs)
+    return exact and fits_bf16(rhs)
+
+
+def row_scale(packed: Packed, spec: Operand) -> jax.Array:
+    """[1, 1] or [rows, 1] f32: everything that multiplies whole rows (`decode.unit` excluded)."""
+    scale = jnp.ones((1, 1), jnp.float32)
+    if by_row(spec) and packed.scale is not None:
+        scale = decode.scales(packed.scale, spec.scale)
+    return scale if packed.global_scale is None else scale * packed.global_scale
+
+
+def block_scale(packed: Packed, spec: Operand) -> jax.Array | None:
+    """f32 scales that must be applied before the product, as stored: [r, c]; None where there are none."""
+    return None if by_row(spec) or packed.scale is None else decode.scales(packed.scale, spec.scale)
+
+
+def blocks(stored: jax.Array, spec: Operand, rows: int, k: int) -> tuple[jax.Array, int]:
+    """Scales or zero points [r, c] -> ([rows or 1, ceil(k/b)], b), with 2-D blocks repeated along rows."""
+    if spec.granularity != "block" or spec.block is None:
+        return stored, k
+    bn, bk = spec.block if isinstance(spec.block, tuple) else (1, spec.block)
+    return (stored if bn == 1 else jnp.repeat(stored, bn, axis=0)[:rows]), bk
+
+
+def per_block(w: jax.Array, along: jax.Array, b: int, op) -> jax.Array:
+    """op(w [rows, c], along [rows or 1, ceil(c/b)], each of its columns repeated b times)."""
+    rows, c = w.shape
+    if along.shape[1] == 1:
+        return op(w, along)
+    if c % b == 0:
+        return op(w.reshape(rows, c // b, b), along[:, :, None]).reshape(rows, c)
+    return op(w, jnp.repeat(along, b, axis=1)[:, :c])
+
+
+def decoded(codes: jax.Array, packed: Packed, spec: Operand, k: int) -> jax.Array:
+    """Codes, one a byte [rows, k] -> f32 values, all but what `row_scale` holds."""
+    w, rows = decode.values(codes, spec.element), codes.shape[0]
+    if spec.zero_point:
+        w = per_block(w, *blocks(packed.zero_point.astype(jnp.float32), spec, rows, k), jnp.subtract)
+    scale = block_scale(packed, spec)
+    return w if scale is None else per_block(w, *blocks(scale, spec, rows, k), jnp.multiply)
+
+
+def left(lhs: jax.Array | Packed, spec: Operand, k: int) -> tuple[jax.Array, jax.Array]:
+    """Left operand -> (f32 [m, k], what multiplies rows of the result: [m, 1] or [1, 1])."""
+    if not isinstance(lhs, Packed):
+        return lhs.astype(jnp.float32), jnp.ones((1, 1), jnp.float32)
+    return decoded(lhs.data, lhs, spec, k), row_scale(lhs, spec)
+
+
+def finish(y: jax.Array, left_scale: jax.Array, right_scale: jax.Array, out_dtype) -> jax.Array:
+    """Apply row scales [m or 1, 1] and [n or 1, 1] to a product [m, n]."""
+    return (y * right_scale.T * left_scale).astype(out_dtype)

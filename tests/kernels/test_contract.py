@@ -1,0 +1,183 @@
+"""The contract of qdot: every kernel x every format x odd shapes equals the oracle, and the oracle equals numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jqopt_kernels as kernels
+import numpy as np
+import pytest
+from jqopt_kernels import decode, reference
+
+from tests.kernels.cases import ML_DTYPES, PAIRS, case, nf4
+
+# m: one row, few, many. n: one, few, more than one tile with a rest. k: less than a block, with and without a rest.
+SHAPES = [(1, 3, 40), (5, 130, 70), (64, 1, 40), (1, 300, 70), (3, 257, 64), (2, 3, 7)]
+DEVICES = ("cpu", "cuda")
+
+
+def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
+    """The kernels that claim this product on any device. All of them run on CPU, fast or not."""
+    specs = case(pair, m, n, k).specs
+    shapes = kernels.Shapes(m, n, k)
+    reasons = [dict(kernels.explain("qdot", specs["lhs_spec"], specs["rhs_spec"], d, shapes)) for d in DEVICES]
+    return [k for k in kernels.KERNELS if any(r[k.name] is None for r in reasons)]
+
+
+def checks() -> list:
+    """(kernel, pair, shapes it claims) for every kernel that claims any."""
+    claims: dict[tuple[str, str], list] = {}
+    for pair in PAIRS:
+        for shape in SHAPES:
+            for kernel in able(pair, *shape):
+                claims.setdefault((kernel.name, pair), []).append(shape)
+    return [pytest.param(name, pair, shapes, id=f"{name}-{pair}") for (name, pair), shapes in claims.items()]
+
+
+def kernel_named(name: str) -> kernels.Kernel:
+    return next(k for k in kernels.KERNELS if k.name == name)
+
+
+def runner(name: str, specs: dict):
+    kernel = kernel_named(name)
+    return lambda lhs, rhs: kernel.run(lhs, kernel.prepare(rhs), **specs)
+
+
+def assert_within(y, expected, bound) -> None:
+    error = np.abs(np.asarray(y, np.float64) - expected)
+    assert np.all(error <= bound), f"error is {np.max(error / np.maximum(bound, 1e-300)):.3g} times the bound"
+
+
+@pytest.mark.parametrize(("name", "pair", "shapes"), checks())
+def test_equals_numpy_and_the_oracle(name, pair, shapes):
+    for m, n, k in shapes:
+        c = case(pair, m, n, k)
+        y = jax.jit(runner(name, c.specs))(c.lhs, c.rhs)
+        assert y.shape == (m, n)
+        assert y.dtype == jnp.float32
+        assert_within(y, c.y, c.bound)
+        oracle = reference.qdot(c.lhs, c.rhs, **c.specs)
+        assert_within(y, np.asarray(oracle, np.float64), 2 * c.bound)
+
+
+# One format of each kind of packing and scale, for what multiplies the number of compilations.
+KINDS = ["int8", "fp8_block", "nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "nvfp4 x nvfp4"]
+
+
+def kinds(m: int, n: int, k: int) -> list:
+    return [pytest.param(p, kn.name, id=f"{kn.name}-{p}") for p in KINDS for kn in able(p, m, n, k)]
+
+
+@pytest.mark.parametrize(("pair", "name"), kinds(1, 3, 40) + kinds(5, 3, 40))
+def test_without_jit(pair, name):
+    c = case(pair, 5 if name != "xla_int8_row" else 1, 3, 40)
+    assert_within(runner(name, c.specs)(c.lhs, c.rhs), c.y, c.bound)
+
+
+def stacked(pair: str, m: int, n: int, k: int, count: int = 3):
+    cases = [case(pair, m, n, k, seed=i) for i in range(count)]
+    lhs, rhs = (jax.tree.map(lambda *a: jnp.stack(a), *(c[i] for c in cases)) for i in (0, 1))
+    return lhs, rhs, cases
+
+
+@pytest.mark.parametrize(("pair", "name"), kinds(1, 300, 40))
+def test_one_row_under_vmap(pair, name):
+    lhs, rhs, cases = stacked(pair, 1, 300, 40)
+    ys = jax.jit(jax.vmap(runner(name, cases[0].specs)))(lhs, rhs)
+    for y, c in zip(ys, cases, strict=True):
+        assert_within(y, c.y, c.bound)
+
+
+@pytest.mark.parametrize(("pair", "name"), kinds(5, 300, 70))
+def test_many_experts_one_lhs_under_vmap(pair, name):
+    lhs, rhs, cases = stacked(pair, 5, 300, 70)
+    first = jax.tree.map(lambda a: a[0], lhs)
+    ys = jax.jit(jax.vmap(runner(name, cases[0].specs), in_axes=(None, 0)))(first, rhs)
+    for i, y in enumerate(ys):
+        want = reference.qdot(first, jax.tree.map(lambda a, i=i: a[i], rhs), **cases[0].specs)
+        assert_within(y, np.asarray(want, np.float64), 2 * np.maximum(cases[i].bound, cases[0].bound).max())
+
+
+@pytest.mark.parametrize(("pair", "name"), kinds(2, 300, 40))
+def test_weights_sliced_by_scan(pair, name):
+    lhs, rhs, cases = stacked(pair, 2, 300, 40)
+    run = runner(name, cases[0].specs)
+    _, ys = jax.jit(lambda a, b: jax.lax.scan(lambda carry, ab: (carry, run(*ab)), None, (a, b)))(lhs, rhs)
+    for y, c in zip(ys, cases, strict=True):
+        assert_within(y, c.y, c.bound)
+
+
+@pytest.mark.parametrize("pair", ["int8", "fp8", "nvfp4", "mxfp4", "int4"])
+def test_bfloat16_activations_lose_nothing(pair):
+    c = case(pair, 5, 130, 70, float_dtype=jnp.bfloat16)
+    for name in ("xla_tiled", "xla_decode", "reference"):
+        assert_within(jax.jit(runner(name, c.specs))(c.lhs, c.rhs), c.y, c.bound)
+
+
+def test_out_dtype():
+    for name in ("xla_tiled", "xla_decode", "reference"):
+        c = case("nvfp4", 3, 5, 40)
+        y = kernel_named(name).run(c.lhs, c.rhs, **c.specs, out_dtype=jnp.bfloat16)
+        assert y.dtype == jnp.bfloat16
+        assert_within(y.astype(jnp.float32), c.y, c.bound + 2.0**-8 * np.abs(c.y))
+
+
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode"])
+def test_gradient_of_the_float_side(name):
+    c = case("nvfp4", 3, 300, 40)
+    w = np.asarray(reference.dequantize(c.rhs, c.specs["rhs_spec"], 300, 40), np.float64)
+    grad = jax.grad(lambda x: runner(name, c.specs)(x, c.rhs).sum())(c.lhs)
+    np.testing.assert_allclose(grad, np.tile(w.sum(0), (3, 1)), rtol=0, atol=300 * 2.0**-22 * np.abs(w).sum(0).max())
+
+
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", "reference"])
+@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+def test_nan_codes_reach_the_result(name, element):
+    c = case("fp8" if element == "e4m3" else "fp8_e5m2", 1, 4, 40)
+    broken = c.rhs._replace(data=c.rhs.data.at[2, 5].set(0x7F))
+    y = jax.jit(runner(name, c.specs))(c.lhs, broken)[0]
+    np.testing.assert_array_equal(np.isnan(y), [False, False, True, False])
+
+
+def test_int8_sums_are_exact():
+    """k = 4000 largest products: f32 sums would round, int32 sums do not."""
+    k = 4000
+    x = jnp.full((2, k), 127, jnp.int8).at[:, 0].set(1)
+    one, spec = jnp.ones((1, 1), jnp.float32), kernels.Operand("int8", None, "float32", "tensor")
+    packed = kernels.Packed(x, one)
+    y = kernel_named("xla_int8").run(packed, packed, lhs_spec=spec, rhs_spec=spec, n=2, k=k)
+    assert float(y[0, 0]) == np.float32(127**2 * (k - 1) + 1)
+
+
+@functools.cache
+def tables() -> dict[str, np.ndarray]:
+    bits = {"e2m1": 4, "e2m3": 6, "e3m2": 6, "e4m3": 8, "e5m2": 8}
+    known = {e: np.arange(1 << b, dtype=np.uint8).view(ML_DTYPES[e]).astype(np.float32) for e, b in bits.items()}
+    known["nf4"] = nf4().astype(np.float32)
+    known["int4"] = np.array([*range(8), *range(-8, 0)], np.float32)
+    known["int8"] = np.arange(256).astype(np.uint8).view(np.int8).astype(np.float32)
+    known["uint4"] = np.arange(16, dtype=np.float32)
+    return known
+
+
+@pytest.mark.parametrize("element", sorted(tables()))
+def test_every_code_of_every_element(element):
+    expected = tables()[element]
+    np.testing.assert_array_equal(reference.element_table(element), expected)
+    codes = jnp.arange(len(expected)).astype(jnp.uint8)
+    np.testing.assert_array_equal(jax.jit(decode.values, static_argnums=1)(codes, element), expected)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e8m0"])
+def test_every_scale_byte(kind):
+    codes = np.arange(256, dtype=np.uint8)
+    expected = codes.view(ML_DTYPES[kind]).astype(np.float32)
+    np.testing.assert_array_equal(reference.scale_table(kind), expected)
+    np.testing.assert_array_equal(jax.jit(decode.scales, static_argnums=1)(jnp.asarray(codes), kind), expected)
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e3m2"])
+def test_oracle_and_kernels_unpack_alike(element):
+    data = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 12)).astype(np.uint8))
+    for k in {"e2m1": (23, 24), "e3m2": (13, 16)}[element]:
+        np.testing.assert_array_equal(decode.unpack(data, element, k), reference.unpack(data, element, k))

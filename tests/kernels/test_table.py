@@ -1,0 +1,145 @@
+"""The table of kernels: what is chosen, what is refused and why, and that every kernel lowers for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import jqopt_kernels as kernels
+import pytest
+from jqopt_kernels import NoKernelError, Operand, Shapes
+
+from tests.kernels.cases import FLOAT, OPERANDS, PAIRS, case
+
+INT8, FP8, NVFP4 = OPERANDS["int8"], OPERANDS["fp8"], OPERANDS["nvfp4"]
+BIG = Shapes(64, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "device", "m", "name"),
+    [
+        (INT8, INT8, "cpu", 64, "xla_int8"),
+        (INT8, INT8, "cpu", 1, "xla_int8_row"),
+        (INT8, INT8, "gpu", 1, "xla_int8"),
+        (FP8, FP8, "gpu", 64, "xla_fp8"),
+        (FP8, FP8, "cuda", 64, "xla_fp8"),
+        (FP8, FP8, "cpu", 64, "xla_tiled_bf16"),
+        (FP8, FP8, "tpu", 64, "xla_decode"),
+        (FLOAT, NVFP4, "cpu", 1, "xla_tiled"),
+        (NVFP4, NVFP4, "cpu", 64, "xla_tiled_bf16"),
+        (NVFP4, NVFP4, "cpu", 1, "xla_tiled"),
+        (FLOAT, Operand("e2m1", 5, "e4m3", "block"), "cpu", 1, "xla_decode"),
+    ],
+)
+def test_first_that_can(lhs, rhs, device, m, name):
+    assert kernels.find("qdot", lhs, rhs, device, Shapes(m, 256, 256)).name == name
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("device", ["cpu", "gpu", "tpu"])
+def test_every_pair_has_a_kernel_on_every_device(pair, device):
+    lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
+    for m in (0, 1, 64):
+        kernels.find("qdot", lhs, rhs, device, Shapes(m, 130, 70))
+
+
+def test_explain_gives_every_kernel_in_order():
+    rows = kernels.explain("qdot", FLOAT, NVFP4, "cpu", BIG)
+    assert [name for name, _ in rows] == [k.name for k in kernels.KERNELS if k.op == "qdot"]
+    assert dict(rows)["xla_tiled"] is None
+    assert dict(rows)["xla_int8"] == "lhs is float, not int8"
+
+
+def test_names_are_unique():
+    assert len({(k.op, k.name) for k in kernels.KERNELS}) == len(kernels.KERNELS)
+
+
+def test_a_named_backend_is_taken():
+    assert kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="reference").name == "reference"
+
+
+def test_a_named_backend_that_cannot_says_why():
+    with pytest.raises(NoKernelError) as error:
+        kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="xla_int8")
+    text = str(error.value)
+    assert "lhs is float, not int8" in text
+    assert "m=64 n=256 k=256" in text
+    assert "element=e2m1, block=16, scale=e4m3, granularity=block, global_scale=True" in text
+    assert "xla_tiled" not in text  # only the one that was asked for
+
+
+def test_an_unknown_backend_lists_those_there_are():
+    with pytest.raises(NoKernelError, match="no kernel named 'triton'.*xla_tiled.*reference"):
+        kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="triton")
+
+
+def test_an_unknown_op_lists_those_there_are():
+    with pytest.raises(NoKernelError, match="'qconv'.*ops are qdot"):
+        kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG)
+    with pytest.raises(NoKernelError, match="ops are qdot"):
+        kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG, backend="xla_tiled")
+
+
+def test_where_none_can_every_reason_is_told():
+    with pytest.raises(NoKernelError) as error:
+        kernels.find("qdot", FLOAT, Operand("int3", 32, "float32", "block"), "cpu", BIG)
+    lines = str(error.value).splitlines()
+    assert {line.split(":")[0].strip() for line in lines} >= {k.name for k in kernels.KERNELS}
+    assert any("'int3' is unknown; known: e2m1" in line for line in lines)
+
+
+def test_zero_points_of_floats_are_refused():
+    odd = Operand("e2m1", 16, "float32", "block", zero_point=True)
+    with pytest.raises(NoKernelError, match="only integer elements have"):
+        kernels.find("qdot", FLOAT, odd, "cpu", BIG, backend="xla_decode")
+
+
+def test_sums_that_could_overflow_are_refused():
+    reasons = dict(kernels.explain("qdot", INT8, INT8, "cpu", Shapes(64, 64, 1 << 18)))
+    assert "overflow" in reasons["xla_int8"]
+    assert "overflow" in reasons["xla_int8_row"] or "m=64" in reasons["xla_int8_row"]
+
+
+def lowered(pair: str, kernel: kernels.Kernel, m: int) -> str:
+    c = case(pair, m, 130, 70)
+    arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (c.lhs, c.rhs))
+    trace = jax.jit(lambda lhs, rhs: kernel.run(lhs, rhs, **c.specs)).trace(*arrays)
+    return trace.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def cuda_checks() -> list:
+    return [
+        pytest.param(pair, kernel, m, id=f"{kernel.name}-{pair}-m{m}")
+        for pair, (lhs, rhs) in PAIRS.items()
+        for m in (1, 64)
+        for kernel in kernels.KERNELS
+        if kernel.supports(OPERANDS[lhs], OPERANDS[rhs], "cuda", Shapes(m, 130, 70)) is None
+    ]
+
+
+@pytest.mark.parametrize(("pair", "kernel", "m"), cuda_checks())
+def test_lowers_for_cuda_without_a_gpu(pair, kernel, m):
+    assert "dot_general" in lowered(pair, kernel, m)
+
+
+def test_fp8_reaches_the_product_as_fp8():
+    """XLA's rewriter to cuBLASLt needs fp8 operands, or fp8 operands converted to f32 and scaled by scalars."""
+    kernel = next(k for k in kernels.KERNELS if k.name == "xla_fp8")
+    by_token = lowered("fp8_channel x fp8_channel", kernel, 64)
+    assert "(tensor<64x70xf8E4M3FN>, tensor<130x70xf8E4M3FN>) -> tensor<64x130xf32>" in by_token
+    whole = lowered("fp8 x fp8", kernel, 64)
+    assert "(tensor<64x70xf8E4M3FN>) -> tensor<64x70xf32>" in whole
+
+
+def test_nothing_but_jax_is_imported():
+    import pathlib
+    import re
+
+    source = pathlib.Path(kernels.__file__).parent
+    for path in source.glob("*.py"):
+        found = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        assert found <= {"__future__", "collections", "functools", "itertools", "jax", "numpy", "typing"}, path.name
+
+
+def test_float16_activations():
+    c = case("nvfp4", 3, 40, 40, float_dtype=jnp.float16)
+    kernel = kernels.find("qdot", FLOAT, NVFP4, "cpu", Shapes(3, 40, 40))
+    y = kernel.run(c.lhs, c.rhs, **c.specs)
+    assert float(abs(y - c.y).max()) <= c.bound.max()
