@@ -24,7 +24,7 @@ from jqopt.export.checkpoint import Checkpoint, PathLike
 from jqopt.export.orbax import load_params
 from jqopt.export.orbax import save as save
 from jqopt.export.tree import compare, describe, some
-from jqopt.frontends import function_of
+from jqopt.frontends import function_of, linen
 
 
 def trace(model: Any, *inputs: Any, **kwargs: Any) -> Graph:
@@ -72,8 +72,8 @@ class QuantizedModel:
 
     @property
     def variables(self) -> Any:
-        """For Linen: the whole variables dict, to use under `jqopt.linen.intercept`."""
-        return self.quant.params
+        """For Linen: the whole variables dict, as `model.apply` takes it under `jqopt.linen.intercept`."""
+        return linen.sliceable(self.quant.params)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         return self._run(self.quant, *inputs, **kwargs)  # type: ignore[attr-defined]

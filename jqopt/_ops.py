@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,13 @@ def quantize_input(x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    return _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale)).reshape(x.shape)
+    return _qdq_rows(spec, rows, scale).reshape(x.shape)
+
+
+# jitted so that JAX traces and lowers each of these once for all sites of one shape
+@functools.partial(jax.jit, static_argnums=0)
+def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
 
 
 def _qdq_fwd(x, scale, spec):
@@ -114,14 +120,24 @@ _NT = (((1,), (1,)), ((), ()))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _product(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
     if simulate:
-        return lax.dot_general(x.astype(jnp.float32), _dequantize(arrays, facts), _NT)
+        return lax.dot_general(x.astype(jnp.float32), _decoded(facts, arrays), _NT)
     lhs, lhs_spec = x, FLOAT
     if spec is not None:
         lhs_spec = operand(spec.format, _rows(spec))
         lhs = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
     kernel = _find(lhs_spec, facts, x.shape[0], backend)
+    return _run(kernel, lhs_spec, facts, lhs, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(kernel: kernels.Kernel, lhs_spec: kernels.Operand, facts: Weight, lhs: Any, arrays: kernels.Packed) -> jax.Array:
     rhs_spec = operand(facts.format, facts.granularity)
     return kernel.run(lhs, arrays, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=facts.n, k=facts.k)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(facts: Weight, arrays: kernels.Packed) -> jax.Array:
+    return _dequantize(arrays, facts)
 
 
 def _product_fwd(x, arrays, scale, facts, spec, simulate, backend):

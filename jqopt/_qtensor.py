@@ -89,7 +89,7 @@ class Layout:
             stop = start + 1
             while math.prod(self.atoms[start:stop]) != size and stop < len(self.atoms):
                 stop += 1
-            axes.append(list(range(start, stop)))
+            axes.append(list(range(start, min(stop, len(self.atoms)))))
             start = stop
         if axes:
             axes[-1].extend(range(start, len(self.atoms)))

@@ -301,7 +301,7 @@ def bf16_arithmetic(key, a, b):
         assert np.abs(a.astype(np.int32) - b.astype(np.int32)).max() == 1
         assert (a != b).mean() < 0.12
     else:
-        step = np.abs(b).max() / 16 if "dequant" in key else 0
+        step = np.abs(b).max() / 12 if "dequant" in key else 0
         assert (np.abs(a - b) <= np.abs(b) * 2.0**-7 + step).all()
 
 

@@ -89,7 +89,7 @@ def ours(key, mode):
             jnp.asarray(GOLDEN["swizzle/swizzled"])
         ),
         "swizzle/swizzled": lambda: call(quantizers.swizzle, mode)(jnp.asarray(GOLDEN["swizzle/linear"])),
-        "rht/matrix_bf16": lambda: bf16_bits(call(hadamard_matrix, mode)() * 4),
+        "rht/matrix_bf16": lambda: bf16_bits(call(hadamard_matrix, mode)()),
         "rht/randn_t": lambda: bf16_bits(call(quantizers.hadamard16, mode)(array("in/randn").T)),
     }
     if key in primitive:

@@ -150,6 +150,10 @@ def _check_names(manifest: Manifest, where: str) -> None:
     for name, tensor in manifest.tensors.items():
         if (tensor.kind == "quantized") != (tensor.packing is not None) or (tensor.kind == "key") != bool(tensor.impl):
             raise CheckpointError(f"{where}: {name} is said to be of kind {tensor.kind!r}, but is described otherwise.")
+    placed = set(manifest.tree.leaves)
+    lost = set() if manifest.tree.customs else set(manifest.tensors) - placed
+    if odd := sorted((placed - set(manifest.tensors)) | lost):
+        raise CheckpointError(f"{where}: {odd[0]}: the manifest's tree and its list of tensors differ.")
     wanted = {leaf for name in manifest.tensors for leaf in manifest.leaves_of(name).values()}
     if wanted != set(manifest.leaves):
         odd = sorted(wanted ^ set(manifest.leaves))[0]

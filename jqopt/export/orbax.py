@@ -14,12 +14,13 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jqopt import _plan
+from jqopt._apply import is_qtensor
 from jqopt.errors import CheckpointError, UnsupportedError
 from jqopt.export import manifest as _manifest
 from jqopt.export.checkpoint import METADATA, Checkpoint, PathLike, Shardings, local, prefix_of
 from jqopt.export.inputs import inputs_of
 from jqopt.export.manifest import Leaf, Manifest
-from jqopt.export.tree import Parts, check_unique, describe
+from jqopt.export.tree import Parts, check_unique, describe, parts_of
 
 
 def save(directory: PathLike, qm: Any, *, overwrite: bool = False) -> None:
@@ -39,23 +40,25 @@ def save(directory: PathLike, qm: Any, *, overwrite: bool = False) -> None:
     """
     target = local(directory)
     _check_target(target, overwrite)
-    kind = qm.plan.function.kind
-    tree, leaves = describe(qm.params, prefix_of(kind))
+    kind, prefix = qm.plan.function.kind, prefix_of(qm.plan.function.kind)
+    tree, leaves = describe(qm.params, prefix)
+    paths = _paths(qm, prefix)
     stored = {parts: _manifest.arrays_of("/".join(parts), leaf) for parts, leaf in leaves.items()}
     check_unique(parts for parts, _ in _each(stored))
     manifest = Manifest(
         schema=_manifest.SCHEMA, writer=_manifest.writer(), kind=kind, model=qm.plan.function.name,
         plan=_plan.to_dict(qm.plan), tree=tree,
-        tensors={"/".join(p): _manifest.tensor_of("/".join(p), x, _parameter(kind, p)) for p, x in leaves.items()},
+        tensors={"/".join(p): _manifest.tensor_of("/".join(p), x, paths[p]) for p, x in leaves.items()},
         leaves={"/".join(p): _leaf("/".join(p), x) for p, x in _each(stored)},
         inputs=inputs_of(getattr(qm, "inputs", None)),
     )  # fmt: skip
     _write(target, _nested(_each(stored)), manifest.to_dict())
 
 
-def _parameter(kind: str, parts: Parts) -> str | None:
-    """The parameter's path as recipes spell it; None for other collections and state."""
-    return "/".join(parts[1:]) if parts[:1] == ("params",) else None
+def _paths(qm: Any, prefix: Parts) -> dict[Parts, str | None]:
+    """The parameter path of each leaf, as recipes and plans spell it; None for other collections and state."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(qm.params, is_leaf=is_qtensor)
+    return {(*prefix, *parts_of(key)): qm.plan.function.path_of(key) for key, _ in flat}
 
 
 def _each(stored: Mapping[Parts, Mapping[str, Any]]) -> Iterable[tuple[Parts, Any]]:

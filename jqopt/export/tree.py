@@ -10,7 +10,7 @@ import pydantic
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from jqopt._qtensor import QTensor
+from jqopt._apply import is_qtensor
 from jqopt.errors import CheckpointError, UnsupportedError
 
 Parts = tuple[str, ...]
@@ -33,6 +33,19 @@ class Node(Checked):
     keys: list[str | int] = []
     items: list[Node] = []
     axes: list[str | list[str] | None] = []
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Node:
+        if self.kind in DICTS and len(self.keys) != len(self.items):
+            raise ValueError(f"{len(self.keys)} keys for {len(self.items)} items")
+        if self.kind == "box" and (self.name not in BOXES or len(self.items) != 1):
+            raise ValueError(f"an unknown box {self.name!r} of {len(self.items)} items; known are {', '.join(BOXES)}")
+        return self
+
+    @property
+    def leaves(self) -> list[str]:
+        """The names of its leaves, except for those in custom classes."""
+        return [self.name] if self.kind == "leaf" else [n for item in self.items for n in item.leaves]
 
     @property
     def customs(self) -> list[str]:
@@ -81,14 +94,17 @@ def _describe(tree: Any, prefix: Parts, leaves: dict[Parts, Any]) -> Node:
     if kind in LISTS.values():
         items = [_describe(item, (*prefix, str(i)), leaves) for i, item in enumerate(tree)]
         return Node(kind="list" if kind is list else "tuple", items=items)
-    if kind in BOXES.values():
+    if kind in BOXES.values() and jax.tree_util.all_leaves([tree.value], is_leaf=is_qtensor):
         return _describe_box(tree, prefix, leaves)
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QTensor))
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     if len(flat) == 1 and flat[0][0] == ():
-        _put(leaves, prefix, tree)
+        leaves[prefix] = tree
         return Node(kind="leaf", name="/".join(prefix))
+    before = len(leaves)
     for key, leaf in flat:
-        _put(leaves, (*prefix, *parts_of(key)), leaf)
+        leaves[(*prefix, *parts_of(key))] = leaf
+    if len(leaves) < before + len(flat):
+        raise UnsupportedError(f"two leaves of the {kind.__name__} at {'/'.join(prefix)!r} have the same name.")
     return Node(kind="custom", name=f"{kind.__module__}.{kind.__qualname__}")
 
 
@@ -102,15 +118,9 @@ def _describe_box(box: Any, prefix: Parts, leaves: dict[Parts, Any]) -> Node:
     return Node(kind="box", name=type(box).__name__, axes=axes, items=[_describe(box.value, prefix, leaves)])
 
 
-def _put(leaves: dict[Parts, Any], parts: Parts, leaf: Any) -> None:
-    if parts in leaves:
-        raise UnsupportedError(f"two parameters would be called {'/'.join(parts)!r}; rename one.")
-    leaves[parts] = leaf
-
-
 def parts_of(key: tuple) -> Parts:
-    """The name of a leaf from its key path; the attribute by which a box or variable holds its value is left out."""
-    if key and isinstance(key[-1], jax.tree_util.GetAttrKey):
+    """The name of a leaf from its key path; the `value` by which a box or variable holds its array is left out."""
+    if key and key[-1] == jax.tree_util.GetAttrKey("value"):
         key = key[:-1]
     return tuple(jax.tree_util.keystr((part,), simple=True) for part in key)
 
@@ -143,7 +153,7 @@ def fill(example: Any, prefix: Parts, leaves: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: names or shapes differ; the message says which.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(example, is_leaf=lambda x: isinstance(x, QTensor))
+    flat, treedef = jax.tree_util.tree_flatten_with_path(example, is_leaf=is_qtensor)
     names = ["/".join((*prefix, *parts_of(key))) for key, _ in flat]
     compare({name: tuple(x.shape) for name, (_, x) in zip(names, flat)}, {n: tuple(x.shape) for n, x in leaves.items()})
     return treedef.unflatten([leaves[name] for name in names])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jqopt import _apply, _jaxpr, _trace
@@ -23,9 +24,11 @@ Decisions = Mapping[tuple[str, str], Decision]
 def decisions(plan: Plan) -> dict[tuple[str, str], Decision]:
     """The plan's decisions by parameter and op, without what only reports need: hashable, equal if they run equally."""
     found: dict[tuple[str, str], Decision] = {}
+    quantized = plan.quantized
     for d in plan.decisions:
         if d.path is not None and d.weight is not None:
-            slim = Decision(d.path, d.op, d.path, d.weight, d.input, outer=d.outer)
+            packed = quantized[d.path]
+            slim = Decision(d.path, d.op, d.path, d.weight, d.input, layout=packed.layout, outer=packed.outer)
             found.setdefault((d.path, d.op), slim)
     return found
 
@@ -92,37 +95,81 @@ def _decided(sites: Sequence[Site], decisions: Decisions) -> list[tuple[Site, De
 # ------------------------------------------------------------------------------------------ sliced weights
 
 
+def leads(layout: Layout, count: int) -> bool:
+    """Are the first `count` stacked axes of the packed data the first axes of the parameter, in order?"""
+    whole = [atoms == [i] for atoms, i in zip(layout.axes(), layout.stack[:count], strict=False)]
+    return len(whole) == count and all(whole)
+
+
+def sliceable(tensor: QTensor) -> QTensor:
+    """The same weight with as many of the parameter's first axes as possible in front of every leaf.
+
+    A scan or vmap that Flax lifts slices axis 0 of each leaf. Experts that share their input are rows of one matrix
+    to the evaluator, so that their axis leads no leaf.
+    """
+    layout = tensor.layout
+    order, count = (*layout.stack, *layout.rows), len(layout.stack)
+    if not leads(layout, count):
+        return tensor
+    while count < len(order) - 1 and layout.axes()[count] == [order[count]]:
+        count += 1
+    return regrouped(tensor, count)
+
+
 def sliced(path: str, tensor: QTensor, decisions: Decisions) -> QTensor:
-    """A weight as a layer inside scans and vmaps has it: its layout without the axes that they have sliced off.
+    """A weight as a layer inside scans and vmaps has it: as the plan groups its axes, without those sliced off.
 
     Raises:
         UnsupportedError: what was sliced off isn't the first axes of the parameter, or not those of the packed data.
     """
-    missing = len(tensor.layout.stack) - (tensor.data.ndim - 2)
-    if not 0 <= missing <= len(tensor.layout.stack) or not leads(tensor.layout, missing):
-        raise UnsupportedError(unsliceable(path, tensor.layout))
-    layout = tensor.layout.sliced(missing)
-    if tensor.data.shape[:-1] != (*(layout.atoms[i] for i in layout.stack), layout.n):
-        raise UnsupportedError(unsliceable(path, tensor.layout))
-    outer = next((d.outer for (p, _), d in decisions.items() if p == path), ())
-    scale, kept = tensor.input_scale, max(len(outer) - missing, 0)
-    if scale is not None and scale.ndim > kept:  # `sliceable` has repeated it
-        scale = scale[(..., *(0,) * (scale.ndim - kept))]
-    return tensor.replace(layout=layout, input_scale=scale)
+    planned = next(d for (p, _), d in decisions.items() if p == path)
+    assert planned.layout is not None, path
+    whole, missing = tensor.layout, len(tensor.layout.stack) - (tensor.data.ndim - 2)
+    if not 0 <= missing <= len(whole.stack) or not leads(whole, missing):
+        raise UnsupportedError(unsliceable(path, whole))
+    inner = whole.sliced(missing)
+    if tensor.data.shape[:-1] != (*(inner.atoms[i] for i in inner.stack), inner.n):
+        raise UnsupportedError(unsliceable(path, whole))
+    stack, outer = (max(len(axes) - missing, 0) for axes in (planned.layout.stack, planned.outer))
+    found = regrouped(tensor.replace(layout=inner, input_scale=None), stack)
+    return found.replace(input_scale=_lead(tensor.input_scale, (), outer))
 
 
-def leads(layout: Layout, count: int) -> bool:
-    """Are the first `count` stacked axes of the packed data the first axes of the parameter, in order?"""
-    return all(atoms == [i] for atoms, i in zip(layout.axes()[:count], layout.stack[:count], strict=True))
-
-
-def sliceable(tensor: QTensor) -> QTensor:
-    """The same weight with the stacked axes in front of every leaf, as a vmap over them needs it."""
-    scale, stack = tensor.input_scale, tensor.data.shape[:-2]
-    if scale is None or scale.ndim >= len(stack):
+def regrouped(tensor: QTensor, count: int) -> QTensor:
+    """The same weight with `count` stacked axes: rows become stacked axes, or stacked axes rows."""
+    layout = tensor.layout
+    order = (*layout.stack, *layout.rows)
+    if count == len(layout.stack) and (tensor.input_scale is None or tensor.input_scale.ndim == count):
         return tensor
-    shape = (*scale.shape, *(1,) * (len(stack) - scale.ndim))
-    return tensor.replace(input_scale=jax.numpy.broadcast_to(scale.reshape(shape), stack))
+    new = Layout(layout.shape, layout.atoms, order[:count], order[count:], layout.cols)
+    stack = tuple(layout.atoms[i] for i in new.stack)
+    tile = tensor.format.tile if tensor.granularity == "block" else None
+    if tile is not None and tile[0] > 1 and new.n % tile[0]:
+        return tensor  # a block of rows would belong to two matrices
+
+    def rows(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None:
+            return None
+        if leaf.shape[-2] == 1 and layout.n > 1:
+            return _lead(leaf, stack, count, trailing=2)
+        return leaf.reshape(*stack, -1, leaf.shape[-1])
+
+    return tensor.replace(
+        layout=new, data=rows(tensor.data), scale=rows(tensor.scale), zero_point=rows(tensor.zero_point),
+        global_scale=_lead(tensor.global_scale, stack, count), input_scale=_lead(tensor.input_scale, stack, count),
+        pre_scale=_lead(tensor.pre_scale, stack, count, trailing=1),
+    )  # fmt: skip
+
+
+def _lead(leaf: jax.Array | None, stack: tuple[int, ...], count: int, trailing: int = 0) -> jax.Array | None:
+    """`leaf` with `count` stacked axes before its trailing ones: repeated along new ones, one of equals for old ones."""
+    if leaf is None:
+        return None
+    have = leaf.ndim - trailing
+    if have > count:
+        return leaf[(*[slice(None)] * count, *[0] * (have - count))]
+    last = leaf.shape[have:]
+    return jnp.broadcast_to(leaf.reshape(*leaf.shape[:have], *[1] * (count - have), *last), (*stack, *last))
 
 
 # ------------------------------------------------------------------------------------------------- refusals

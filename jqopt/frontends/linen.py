@@ -50,6 +50,15 @@ def _unboxed(key: tuple) -> tuple:
     return key[:-1] if key and isinstance(key[-1], jax.tree_util.GetAttrKey) else key
 
 
+def sliceable(variables: Any) -> Any:
+    """The same variables with the stacked axes of packed weights in front of every leaf, where lifted scans slice them."""
+    return jax.tree.map(
+        lambda x: _native.sliceable(x) if isinstance(x, QTensor) else x,
+        variables,
+        is_leaf=lambda x: isinstance(x, QTensor),
+    )
+
+
 @contextlib.contextmanager
 def watch() -> Iterator[dict[str, str]]:
     """While active, notes the class of every module that is called: {module path: class name}."""
@@ -112,14 +121,15 @@ class _Interceptor:
         self.key = (hashlib.sha256(text.encode()).hexdigest(), layers, simulate)
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
+        module, method = context.module, context.method_name
         packed = _packed(module)
         if not packed:
             return call(*args, **kwargs)
         if isinstance(module, self.layers):
-            if context.method_name == "setup":  # it would check the shapes of float weights
+            if method == "setup":  # it would check the shapes of float weights
                 return _guard(module, packed)
-            return self._layer(module, context.method_name, packed, args, kwargs)
+            own = hasattr(type(module), method)  # else a function that nn.cond or nn.scan was given the module for
+            return self._layer(module, method, packed, args, kwargs) if own else call(*args, **kwargs)
         raw = next((p for p in packed if p.rpartition("/")[0] == "/".join(module.path)), None)
         if raw is not None:
             raise UnsupportedError(_used_raw(raw, packed[raw], type(module)))

