@@ -11,7 +11,7 @@ import jax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
-from jqopt import _apply, _plan, _trace
+from jqopt import _apply, _plan, _report, _trace
 from jqopt._apply import Quantized
 from jqopt._calibrate import as_call
 from jqopt._calibrate import calibrate as calibrate
@@ -24,7 +24,7 @@ from jqopt.export.checkpoint import Checkpoint, PathLike
 from jqopt.export.orbax import load_params
 from jqopt.export.orbax import save as save
 from jqopt.export.tree import compare, describe, some
-from jqopt.frontends import function_of, linen
+from jqopt.frontends import function_of, linen, nnx
 
 
 def trace(model: Any, *inputs: Any, **kwargs: Any) -> Graph:
@@ -52,9 +52,13 @@ def plan(recipe: str | dict | Recipe, graph: Graph) -> Plan:
     return _plan.make_plan(load_recipe(recipe), graph)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class QuantizedModel:
-    """A model with packed weights: call it as the model; `params`, `plan` and `quant` are plain values."""
+    """A model with packed weights: call it as the model; `params`, `plan` and `quant` are plain values.
+
+    The state of an NNX model (batch statistics, caches, random number streams) lives here, not in the float model:
+    a call that changes it puts it into `quant`, as an NNX module would keep it.
+    """
 
     model: Any
     plan: Plan
@@ -63,7 +67,11 @@ class QuantizedModel:
     """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_run", _apply.apply(self.plan))
+        function = self.plan.function
+        self._stateful = function is not None and function.kind == "nnx"
+        self._run = _apply.apply(
+            dataclasses.replace(self.plan, function=nnx.with_state(function)) if self._stateful else self.plan
+        )
 
     @property
     def params(self) -> Any:
@@ -75,8 +83,39 @@ class QuantizedModel:
         """For Linen: the whole variables dict, as `model.apply` takes it under `jqopt.linen.intercept`."""
         return linen.sliceable(self.quant.params)
 
+    def report(self, params: Any = None) -> _report.Report:
+        """What quantization did to each weight: bytes, bits and, against the float weights, error. `print` it.
+
+        Args:
+            params: the float tree (NNX: the float module). Without it: the one the model was quantized from, while it
+                is still there (it isn't after `donate=True`, nor in a loaded model).
+
+        Raises:
+            PlanError: params aren't those of the plan.
+        """
+        if isinstance(params, flax_nnx.Module):
+            params = function_of(params, None).params
+        return _report.report(self.plan, self.quant, _report.held(self.plan) if params is None else params)
+
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self._run(self.quant, *inputs, **kwargs)  # type: ignore[attr-defined]
+        """The model's output.
+
+        Raises:
+            UnsupportedError: an NNX model would change its state inside a transformation of JAX (jit, grad, ...).
+        """
+        out = self._run(self.quant, *inputs, **kwargs)
+        return self._keep(*out, inputs, kwargs) if self._stateful else out
+
+    def _keep(self, out: Any, graphdef: Any, state: Any, inputs: tuple, kwargs: dict) -> Any:
+        """Keeps what a call of an NNX model has left behind; its output."""
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+            nnx.check_unchanged(self.plan.function, self.params, inputs, kwargs)
+            return out
+        self.quant = Quantized({**self.params, "state": state})
+        if graphdef != self.plan.function.call.graphdef:  # the call has made state that wasn't there before
+            self.plan = dataclasses.replace(self.plan, function=nnx.with_structure(self.plan.function, graphdef))
+            self.__post_init__()
+        return out
 
 
 def quantize_model(

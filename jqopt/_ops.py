@@ -175,6 +175,17 @@ def explain(weight: Weight, spec: InputFormat | None, m: int, device: str | None
     return kernels.explain("qdot", lhs, rhs, device or jax.default_backend(), shapes)
 
 
+def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> str:
+    """The kernel that `matmul` runs such a product with: where none multiplies codes, the activation is decoded first."""
+    rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
+    device = device or jax.default_backend()
+    if spec is not None:
+        kernel = kernels.find("qdot", operand(spec.format, _rows(spec)), rhs, device, shapes)
+        if kernel.low_precision:
+            return kernel.name
+    return kernels.find("qdot", FLOAT, rhs, device, shapes).name
+
+
 def qtake(weight: QTensor, indices: jax.Array) -> jax.Array:
     """Rows of a packed table [n, k] by index (any shape; already in range): float32 [*indices, k]."""
     k = weight.layout.k

@@ -1,4 +1,4 @@
-"""QTensor: the one array type that stands in a parameter tree where an array stood, and Layout: how it maps to [n, k]."""
+"""QTensor: the one array type that stands in a parameter tree where an array stood; Layout: how it maps to [n, k]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jqopt import formats
 from jqopt._numerics import dequantize_matrix, quantize_matrix
@@ -137,7 +138,7 @@ _LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_sc
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
-    """A quantized parameter. A pytree whose leaves are uint8, int8 and float32 arrays, each with the stacked axes first.
+    """A quantized parameter: a pytree of uint8, int8 and float32 arrays, each with the stacked axes first.
 
     Leaves: `data` [*stack, n, bytes] packed codes; `scale` [*stack, rows, cols] float32, or e4m3/e8m0 bits in uint8;
     `global_scale` [*stack]; `zero_point` like scale; `input_scale` [*stack], the static scale of the activation that
@@ -246,7 +247,7 @@ def _check_values(x: Array, format: Format) -> None:
         )
     if x.ndim == 0:
         raise UnsupportedError(f"cannot quantize a scalar to {format.name!r}: expected at least one axis")
-    if isinstance(x, jax.core.Tracer) or bool(jnp.isfinite(x).all()):
+    if isinstance(x, Tracer) or bool(jnp.isfinite(x).all()):
         return
     bad = {"NaN": int(jnp.isnan(x).sum()), "inf": int(jnp.isinf(x).sum())}
     found = " and ".join(f"{count} {name}" for name, count in bad.items() if count)

@@ -16,6 +16,7 @@ from jqopt._calibrate import Stats, algorithm_of, check_stats
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.algorithms import Problem
+from jqopt.algorithms.max import finite_amax
 from jqopt.errors import CalibrationError, UnsupportedError
 
 
@@ -102,12 +103,12 @@ def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _amax(w: jax.Array, layout: Any) -> jax.Array:
-    axes = [a for a in layout.axes()]
+    axes = layout.axes()
     stack = [next(i for i, atoms in enumerate(axes) if s in atoms) for s in layout.stack]
     if all(axes[i] == [s] for i, s in zip(stack, layout.stack, strict=True)):
-        out = jnp.max(jnp.abs(w), axis=tuple(i for i in range(w.ndim) if i not in stack))
-        return out.transpose([sorted(stack).index(i) for i in stack]).astype(jnp.float32)
-    return jnp.max(jnp.abs(layout.to_matrix(w)), axis=(-2, -1)).astype(jnp.float32)
+        out = finite_amax(w, tuple(i for i in range(w.ndim) if i not in stack))
+        return out.transpose([sorted(stack).index(i) for i in stack])
+    return finite_amax(layout.to_matrix(w), (-2, -1))
 
 
 def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:

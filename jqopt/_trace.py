@@ -17,6 +17,7 @@ from jqopt import _view
 from jqopt._jaxpr import OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
 from jqopt._view import Atom, View
+from jqopt.errors import JqoptError, TraceError
 
 DOTS = {
     "dot_general": "dot_general",
@@ -461,10 +462,27 @@ def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple
     return closed, out, [*views, *([None] * rest)]
 
 
+def _shapes(inputs: tuple, kwargs: dict) -> str:
+    """Inputs in a few words: `float32[4, 64], train=True`."""
+
+    def word(x: Any) -> str:
+        return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
+
+    args = [str(jax.tree.map(word, x)).replace("'", "") for x in inputs]
+    return ", ".join([*args, *(f"{k}={jax.tree.map(word, v)}" for k, v in kwargs.items())]) or "none"
+
+
 def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
     """The graph of a model at the shapes of `inputs`: nothing is computed, no weight needs to be in memory."""
-    with function.watch() as modules:
-        closed, _, views = stage(function, function.params, inputs, kwargs)
+    try:
+        with function.watch() as modules:
+            closed, _, views = stage(function, function.params, inputs, kwargs)
+    except JqoptError:
+        raise
+    except Exception as e:
+        raise TraceError(
+            f"{function.name} can't run with these inputs: {_shapes(inputs, kwargs)}. {type(e).__name__}: {e}"
+        ) from e
     sites, opaque = walk(closed, views, modules)
     flat, _ = jax.tree_util.tree_flatten_with_path(function.params)
     parameters = {

@@ -13,7 +13,7 @@ class Element:
     """The set of values one code can stand for.
 
     `max` is the largest value a scale is made for; `min` the smallest code value kept (int8 keeps -128 although its
-    scale is amax / 127). `signed_zero`: -0.0 keeps its sign bit (as IEEE-like casts to fp8 do); otherwise it becomes +0.
+    scale is amax / 127). `signed_zero`: -0.0 keeps its sign bit, as in casts to fp8; otherwise it becomes +0.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Format:
 
     @property
     def granularity(self) -> str:
-        """Which values share a scale unless one says otherwise: "block"; without a block "tensor" (fp8) or "channel"."""
+        """Which values share a scale by default: "block", or without a block "tensor" (floats) or "channel"."""
         if self.block is not None:
             return "block"
         return "tensor" if self.element.kind == "float" else "channel"

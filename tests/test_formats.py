@@ -10,8 +10,9 @@ from jqopt.errors import JqoptError, UnsupportedError
 
 # Names that recipes, manifests and saved checkpoints carry: removing or renaming one breaks files that exist.
 NAMES = (
-    "int8 int4 uint4 fp8 fp8_e5m2 fp8_block nvfp4 mxfp8 mxfp6 mxfp6_e2m3 mxfp4 mxint8 nf4"
-).split()
+    *("int8", "int4", "uint4", "fp8", "fp8_e5m2", "fp8_block"),
+    *("nvfp4", "mxfp8", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8", "nf4"),
+)
 
 
 def test_names_and_get():
@@ -69,9 +70,10 @@ def test_ranges_and_blocks(name, bits, low, largest, block):
 
 
 def test_nf4_table():
-    """Of arXiv 2305.14314: 16 rising values, both ends and an exact zero, more negative than positive ones kept even."""
+    """Of arXiv 2305.14314: 16 rising values, both ends, and an exact zero as the eighth."""
     table = formats.NF4.table
-    assert len(table) == 16 and list(table) == sorted(table)
+    assert len(table) == 16
+    assert list(table) == sorted(table)
     assert (table[0], table[7], table[15]) == (-1.0, 0.0, 1.0)
 
 
@@ -134,5 +136,6 @@ def test_formats_are_values():
     fmt = formats.get("nvfp4")
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.block = 32
-    assert fmt.with_block(32) != fmt and fmt.with_block(16) == fmt
+    assert fmt.with_block(32) != fmt
+    assert fmt.with_block(16) == fmt
     assert hash(fmt.with_block(16)) == hash(fmt)

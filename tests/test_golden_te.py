@@ -48,7 +48,7 @@ def tile_of(name):
 
 @functools.cache
 def quantizer(variant, column):
-    """x -> the quantized matrix of a golden variant; `column`: of the transpose, after the Hadamard transform if any."""
+    """x -> the quantized matrix of a golden variant; `column`: of the transpose, transformed if the variant is."""
     if variant.startswith(("current", "block", "mxfp8")):
         return functools.partial(fp8, variant, column)
     signs = {"1d_rht": quantizers.RHT_SIGNS, "1d_rht_nosign": UNSIGNED}.get(variant)

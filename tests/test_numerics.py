@@ -300,7 +300,7 @@ def test_stored_layout(name):
 @pytest.mark.parametrize("name", ALL)
 def test_any_shape(name, shape):
     x = np.random.default_rng(0).standard_normal(shape).astype(F32)
-    codes, y = jax_qdq(jnp.asarray(x), case(name), None)
+    _codes, y = jax_qdq(jnp.asarray(x), case(name), None)
     assert y.shape == x.shape
     np.testing.assert_allclose(y, x, atol=0.5)
 
@@ -366,7 +366,8 @@ def test_a_block_does_not_see_its_neighbours(name):
 def test_zeros_give_zeros(name):
     for zeros in (jnp.zeros((4, 70)), -jnp.zeros((4, 70)), jnp.full((4, 70), 1e-42)):
         codes, y = jax_qdq(zeros, case(name), None)
-        assert (y == 0).all() and not np.isnan(codes.scale.astype(jnp.float32)).any()
+        assert (y == 0).all()
+        assert not np.isnan(codes.scale.astype(jnp.float32)).any()
     x = jnp.asarray(samples(7, 4, 70)).at[:, :32].set(0)
     assert (jax_qdq(x, case(name), None)[1][:, :32] == 0).all()
 

@@ -103,7 +103,10 @@ def test_leaves_have_the_documented_layout(name):
             assert leaf.dtype in (jnp.uint8, jnp.int8, jnp.float32)
             np.testing.assert_array_equal(leaf, expected)
     assert q.data.shape == (6, -(-70 * fmt.element.bits // 8))
-    assert q.shape == x.shape and q.dtype == "float32" and q.ndim == 2 and q.size == x.size
+    assert q.shape == x.shape
+    assert q.dtype == "float32"
+    assert q.ndim == 2
+    assert q.size == x.size
     np.testing.assert_array_equal(q.dequantize(), qdq_matrix(x, fmt))
     np.testing.assert_array_equal(q.matrix(), qdq_matrix(x, fmt))
 
@@ -129,7 +132,8 @@ def test_axis(axis):
 def test_dtype_is_the_parameters(dtype):
     x = normal(4, 64).astype(dtype)
     q = QTensor.quantize(x, "nvfp4")
-    assert q.dtype == dtype and q.dequantize().dtype == dtype
+    assert q.dtype == dtype
+    assert q.dequantize().dtype == dtype
     same = QTensor.quantize(x.astype(jnp.float32), "nvfp4")
     jax.tree.map(np.testing.assert_array_equal, q.matrix(), same.matrix())  # arithmetic is float32 in both
 
@@ -138,7 +142,8 @@ def test_stack_axes_are_independent():
     x = normal(3, 8, 32) * jnp.array([1.0, 10.0, 0.01])[:, None, None]
     quantize = jax.jit(QTensor.quantize, static_argnums=1, static_argnames="stack")
     q = quantize(x, "nvfp4", stack=(0,))
-    assert q.data.shape == (3, 8, 16) and q.global_scale.shape == (3,)
+    assert q.data.shape == (3, 8, 16)
+    assert q.global_scale.shape == (3,)
     for i in range(3):
         alone = quantize(x[i], "nvfp4")
         np.testing.assert_array_equal(q.dequantize()[i], alone.dequantize())
@@ -149,7 +154,8 @@ def test_scan_slices_it():
     q = QTensor.quantize(x, "nvfp4", axis=1, stack=(0,))
 
     def body(carry, layer):
-        assert layer.shape == (32, 8) and layer.layout == q.layout
+        assert layer.shape == (32, 8)
+        assert layer.layout == q.layout
         return carry + 1, layer.dequantize()
 
     _, y = lax.scan(body, 0, q)
@@ -214,7 +220,8 @@ def test_it_refuses_what_is_not_finite(bad, found):
     x = normal(4, 32).at[1, 2].set(bad)
     with pytest.raises(UnsupportedError, match=f"holds {found} among 128 values") as error:
         QTensor.quantize(x, "nvfp4")
-    assert isinstance(error.value, ValueError) and isinstance(error.value, JqoptError)
+    assert isinstance(error.value, ValueError)
+    assert isinstance(error.value, JqoptError)
     jax.jit(lambda x: QTensor.quantize(x, "nvfp4"))(x)  # values are not known under a trace
 
 

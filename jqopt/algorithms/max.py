@@ -18,13 +18,19 @@ class MaxState(NamedTuple):
     seen: jax.Array
 
 
+def finite_amax(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """max |x| in float32, NaN if x holds NaN or inf. (XLA's CPU maximum drops NaN; a sum of x * 0 keeps it.)"""
+    spoiled = jnp.sum((x * jnp.zeros((), x.dtype)).astype(jnp.float32), axis=axis)
+    return jnp.max(jnp.abs(x), axis=axis, initial=0).astype(jnp.float32) + spoiled
+
+
 def init(k: int) -> MaxState:
     return MaxState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def update(state: MaxState, x: jax.Array) -> MaxState:
-    """x [tokens, k]. NaN stays NaN, so that it is reported rather than lost."""
-    amax = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    """x [tokens, k]. NaN and inf make the state NaN, so that they are reported rather than lost."""
+    amax = finite_amax(x)
     return MaxState(jnp.maximum(state.amax, amax), jnp.maximum(state.seen, jnp.float32(x.size > 0)))
 
 

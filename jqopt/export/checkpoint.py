@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,9 @@ METADATA = "_CHECKPOINT_METADATA"
 
 WIDE = ("int64", "uint64", "float64", "complex128")
 """Dtypes that JAX has only with jax_enable_x64; else it casts without a word."""
+
+IN_FLIGHT = 1 << 30
+"""Bytes that may be on their way between devices and disk."""
 
 PathLike = str | os.PathLike[str]
 Shardings = Any
@@ -49,6 +52,20 @@ def prefix_of(kind: str) -> Parts:
     return ("params",) if kind == "function" else ()
 
 
+def context(sizes: Iterable[int]) -> ocp.Context:
+    """Orbax's settings for reading and writing leaves of these sizes (bytes).
+
+    Not the caller's, which may cast dtypes or read in part. At most a gigabyte (or the largest leaf) is in flight, and
+    host arrays aren't copied first: saving waits, so nobody changes them meanwhile.
+    """
+    made = ocp.Context()
+    limit = max(IN_FLIGHT, *(size + 1 for size in sizes))  # a leaf that reaches the limit is an error to Orbax
+    made.memory.write_concurrent_bytes = made.memory.read_concurrent_bytes = limit
+    made.memory.transfer_concurrent_bytes = limit
+    made.memory.deepcopy_host_arrays = False
+    return made
+
+
 class Checkpoint:
     """An opened checkpoint: its manifest, and the leaves that its storage says it has."""
 
@@ -62,11 +79,17 @@ class Checkpoint:
         if not (self.directory / METADATA).is_file():
             raise CheckpointError(f"{self.directory} is no checkpoint: it has no file {METADATA}.")
         try:
-            found = ocp.metadata(str(self.directory))
+            with context([0]):
+                found = ocp.metadata(str(self.directory))
             self.structure = found.metadata
         except Exception as e:
             raise CheckpointError(f"{self.directory}: Orbax can't read its metadata: {_short(e)}") from e
         self.manifest = _manifest.parse(found.custom_metadata, str(self.directory / METADATA))
+        if self.structure is None:  # Orbax raises nothing here, but logs why
+            raise CheckpointError(
+                f"{self.directory}: Orbax can't read which arrays it holds: one of the files _METADATA, _sharding, "
+                "manifest.ocdbt and d/* below state/ is damaged or gone; Orbax's log says which."
+            )
         self._check_stored()
 
     def _check_stored(self) -> None:
@@ -161,7 +184,8 @@ class Checkpoint:
         flat, treedef = jax.tree_util.tree_flatten_with_path(self.structure)
         names = ["/".join(parts_of(key)) for key, _ in flat]
         targets = treedef.unflatten([wanted.get(name, ocp.PLACEHOLDER) for name in names])
-        loaded = jax.tree.leaves(ocp.load(str(self.directory), targets))
+        with context(math.prod(t.shape) * t.dtype.itemsize for t in wanted.values()):
+            loaded = jax.tree.leaves(ocp.load(str(self.directory), targets))
         return {name: x for name, x in zip(names, loaded, strict=True) if name in wanted}
 
 
@@ -257,5 +281,5 @@ def _naming(directory: pathlib.Path, name: str):
 
 
 def _short(e: Exception, most: int = 300) -> str:
-    text = " ".join(f"{type(e).__name__}: {e}".split())
+    text = " ".join(f"{type(e).__name__}: {e}".partition(" See full TensorStore details")[0].split())
     return text if len(text) <= most else text[:most] + "..."

@@ -95,6 +95,7 @@ class Manifest(Checked):
     tensors: dict[str, Tensor]
     leaves: dict[str, Leaf]
     inputs: Inputs | None = None
+    source: dict[str, Any] | None = None  # where the model came from, in the words of whoever saved it
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data, signed with its own sha256."""

@@ -17,13 +17,20 @@ from jqopt import _plan
 from jqopt._apply import is_qtensor
 from jqopt.errors import CheckpointError, UnsupportedError
 from jqopt.export import manifest as _manifest
-from jqopt.export.checkpoint import METADATA, Checkpoint, PathLike, Shardings, local, prefix_of
+from jqopt.export.checkpoint import METADATA, Checkpoint, PathLike, Shardings, context, local, prefix_of
 from jqopt.export.inputs import inputs_of
 from jqopt.export.manifest import Leaf, Manifest
 from jqopt.export.tree import Parts, check_unique, describe, parts_of
 
 
-def save(directory: PathLike, qm: Any, *, overwrite: bool = False) -> None:
+def save(
+    directory: PathLike,
+    qm: Any,
+    *,
+    overwrite: bool = False,
+    source: Mapping[str, Any] | None = None,
+    files: Mapping[str, PathLike] | None = None,
+) -> None:
     """Writes a quantized model: packed weights, scales, all other state, the plan and its recipe.
 
     The folder appears in one step when all is written: an interrupted save leaves what was there before. The weights
@@ -33,13 +40,15 @@ def save(directory: PathLike, qm: Any, *, overwrite: bool = False) -> None:
         directory: a local folder that doesn't exist (or is empty).
         qm: what `quantize_model` or `load` returned.
         overwrite: replace the checkpoint that is there.
+        source: JSON data on where the model came from, kept in the manifest as it is.
+        files: files to keep in the checkpoint's folder, by their names in it (`"hf/config.json"`).
 
     Raises:
         CheckpointError: something is there already.
         UnsupportedError: a leaf that can't be stored (its name is in the message), or arrays of several processes.
     """
     target = local(directory)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     kind, prefix = qm.plan.function.kind, prefix_of(qm.plan.function.kind)
     tree, leaves = describe(qm.params, prefix)
     paths = _paths(qm, prefix)
@@ -50,9 +59,9 @@ def save(directory: PathLike, qm: Any, *, overwrite: bool = False) -> None:
         plan=_plan.to_dict(qm.plan), tree=tree,
         tensors={"/".join(p): _manifest.tensor_of("/".join(p), x, paths[p]) for p, x in leaves.items()},
         leaves={"/".join(p): _leaf("/".join(p), x) for p, x in _each(stored)},
-        inputs=inputs_of(getattr(qm, "inputs", None)),
+        inputs=inputs_of(getattr(qm, "inputs", None)), source=None if source is None else dict(source),
     )  # fmt: skip
-    _write(target, _nested(_each(stored)), manifest.to_dict())
+    _write(target, _nested(_each(stored)), manifest.to_dict(), files or {})
 
 
 def _paths(qm: Any, prefix: Parts) -> dict[Parts, str | None]:
@@ -85,7 +94,13 @@ def _nested(arrays: Iterable[tuple[Parts, Any]]) -> dict[str, Any]:
     return root
 
 
-def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+def check_target(directory: PathLike, overwrite: bool) -> None:
+    """Whether `save` may write there.
+
+    Raises:
+        CheckpointError: something is there already.
+    """
+    target = local(directory)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / METADATA).is_file():
@@ -94,13 +109,19 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target} holds a checkpoint already; write overwrite=True to replace it.")
 
 
-def _write(target: pathlib.Path, arrays: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _write(
+    target: pathlib.Path, arrays: dict[str, Any], manifest: dict[str, Any], files: Mapping[str, PathLike]
+) -> None:
     """All of it beside the target, then one rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     fresh, old = (target.with_name(f"{target.name}.jqopt-{what}-{mark}") for what in ("new", "old"))
     try:
-        ocp.save(str(fresh), arrays, custom_metadata=manifest)
+        with context(x.nbytes for x in jax.tree.leaves(arrays)):
+            ocp.save(str(fresh), arrays, custom_metadata=manifest)
+        for name, file in files.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, fresh / name)
         if (target / METADATA).exists():
             target.rename(old)
         fresh.rename(target)

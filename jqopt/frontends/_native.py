@@ -180,12 +180,11 @@ INSTEAD = "use `qm(...)` or `jqopt.apply(plan)`, which handle any use of a param
 
 def unsliceable(path: str, layout: Layout) -> str:
     """Why a scan or vmap can't slice this weight."""
-    axes = [layout.atoms[i] for i in layout.stack]
-    found = f"its packed data [{', '.join(map(str, axes))}{', ' if axes else ''}n, k] has" if axes else "it has"
+    axes = ", ".join([*(str(layout.atoms[i]) for i in layout.stack), "n", "k"])
     return (
-        f"{path}: a scan or vmap slices one axis off this weight of shape {layout.shape}, but {found} not this axis "
-        "in front. Stack layers along axis 0 (`variable_axes={'params': 0}`) and give each its own input, or "
-        f"{INSTEAD}."
+        f"{path}: Flax slices the same axis off every leaf of a packed weight, and this one of shape {layout.shape} is "
+        f"packed as [{axes}]: only axes that come first in both can be sliced. Stack layers along axis 0 "
+        f"(`variable_axes={{'params': 0}}` in Linen, `in_axes=0` in NNX), or {INSTEAD}."
     )
 
 

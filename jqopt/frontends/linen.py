@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import errors as flax_errors
 from flax import linen as nn
 
@@ -135,8 +134,11 @@ class _Interceptor:
             raise UnsupportedError(_used_raw(raw, packed[raw], type(module)))
         try:
             return call(*args, **kwargs)
-        except ValueError as error:
-            raise _explained(error, packed) from error
+        except (ValueError, IndexError) as error:
+            explained = _explained(error, packed, self.decisions)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _layer(self, module: nn.Module, method: str, packed: dict[str, QTensor], args: tuple, kwargs: dict) -> Any:
         """The method as a pure function of the module's weights, on the packed ones."""
@@ -196,13 +198,15 @@ def _used_raw(path: str, tensor: QTensor, owner: type) -> str:
     return _native.used_raw(path, tensor.format.name, owner.__name__, instead)
 
 
-def _explained(error: ValueError, packed: Mapping[str, QTensor]) -> Exception:
+def _explained(error: Exception, packed: Mapping[str, QTensor], decisions: _native.Decisions) -> Exception:
     """JAX's complaint that it can't slice a packed weight, in words that name the weight; other errors as they are."""
-    lifted = isinstance(error, np.exceptions.AxisError) or str(error).startswith(("vmap ", "scan "))
-    suspects = [p for p, t in packed.items() if len(t.layout.shape) > 2 and not _native.leads(t.layout, 1)]
-    if not lifted or not suspects:
+    scanned = {p: len(d.outer) for (p, _), d in decisions.items() if d.outer}
+    deep = [p for p in packed if p in scanned and not _native.leads(packed[p].layout, scanned[p])]
+    if str(error).startswith(("vmap ", "scan ")):
+        deep += [p for p, t in packed.items() if len(t.layout.shape) > 2 and not _native.leads(t.layout, 1)]
+    if not deep:
         return error
-    return UnsupportedError(f"{_native.unsliceable(suspects[0], packed[suspects[0]].layout)} ({error})")
+    return UnsupportedError(f"{_native.unsliceable(deep[0], packed[deep[0]].layout)} ({error})")
 
 
 def _guard(module: nn.Module, packed: Mapping[str, QTensor]) -> None:

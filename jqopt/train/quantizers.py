@@ -1,9 +1,9 @@
 """Training quantizers: NVFP4 and FP8 with the arithmetic of TransformerEngine, as pure functions of matrices.
 
 They differ from the formats in `jqopt.formats` in how scales round (they multiply by an encode scale where ModelOpt's
-export divides by the decode scale), so that training here equals training there. Each takes x [..., m, k], k contracted,
-and quantizes along k; for the other operand of a backward GEMM give it the transpose. Sources: the reference quantizers
-in TransformerEngine (custom_recipes and tests/pytorch/references, commit d0067d0d); docs/numerics.md has the formulas.
+export divides by the decode scale), so that training here equals training there. Each takes x [..., m, k] and
+quantizes along k, the contracted axis; for the operands of a backward GEMM give it the transpose. The formulas stand in
+docs/numerics.md; their source is TransformerEngine's reference quantizers at commit d0067d0d.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LARGEST_ENCODE = 2.0**120
 
 
 class Nvfp4(NamedTuple):
-    """codes [..., m, k/2] packed; scale [..., m, k/16] e4m3 bits; global_scale [...] ([..., m] if row scaled) float32."""
+    """codes [..., m, k/2] packed; scale [..., m, k/16] e4m3 bits; global_scale and amax [...], row scaled [..., m]."""
 
     data: Array
     scale: Array
@@ -97,7 +97,7 @@ def nvfp4(
 
 
 def nvfp4_values(q: Nvfp4) -> Array:
-    """codes * block scale, float32 [..., m, k]: exact, also in bfloat16; the global scale is left to the GEMM's result."""
+    """codes * block scale, float32 [..., m, k], exact in bfloat16 too; the global scale is left to the GEMM."""
     codes = unpack(q.data, E2M1.bits, 2 * q.data.shape[-1])
     tiles = decode(to_tiles(codes, (1, 16)), E2M1) * spread(decode(q.scale, E4M3))
     return from_tiles(tiles, *codes.shape[-2:])
@@ -160,7 +160,7 @@ def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS) -> Array:
     """The random Hadamard transform of each 16 consecutive values of the last axis, rounded to bfloat16 (kept float32).
 
     (1/4) * diag(signs) @ H16: orthogonal, so two operands transformed alike along their contraction give the same
-    product. Sums run as a butterfly: the same order, hence the same bits, on every device and under every transformation.
+    product. Sums run as a butterfly: the same order, hence the same bits, on every device and in every transformation.
 
     Raises:
         UnsupportedError: the last axis is not a multiple of 16.
@@ -184,9 +184,7 @@ def fp8_current(x: Array, element: Element = E4M3, *, power_of_two: bool = False
     return _fp8(x, (x.shape[-2], x.shape[-1]), element, power_of_two, amax)
 
 
-def fp8_block(
-    x: Array, tile: tuple[int, int] = (1, 128), element: Element = E4M3, *, power_of_two: bool = True
-) -> Fp8:
+def fp8_block(x: Array, tile: tuple[int, int] = (1, 128), element: Element = E4M3, *, power_of_two: bool = True) -> Fp8:
     """FP8 with one float32 scale for each 1x128 (activations, gradients) or 128x128 (weights) tile."""
     return _fp8(x, tile, element, power_of_two, None)
 
@@ -199,10 +197,7 @@ def mxfp8(x: Array, element: Element = E4M3) -> Fp8:
 
 def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Array | None) -> Fp8:
     tiles = to_tiles(x.astype(jnp.float32), tile)
-    if amax is None:
-        amax = amax_of(tiles, (-3, -1))
-    else:
-        amax = amax.astype(jnp.float32)[..., None, None]
+    amax = amax_of(tiles, (-3, -1)) if amax is None else amax.astype(jnp.float32)[..., None, None]
     scale = jnp.minimum(divide(element.max, amax), _F32_MAX)
     if power_of_two:  # rounded down: the exponent bits alone
         scale = from_bits(to_bits(scale) & 0x7F800000)
@@ -211,7 +206,7 @@ def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Arra
     return Fp8(from_tiles(codes, *x.shape[-2:]), divide(1.0, scale))
 
 
-# The layout of block scales that cuBLAS and cuDNN read -----------------------------------------------------------------
+# The layout of block scales that cuBLAS and cuDNN read ----------------------------------------------------------------
 
 
 def swizzle(scale: Array) -> Array:

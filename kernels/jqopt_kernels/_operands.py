@@ -82,7 +82,7 @@ def per_block(w: jax.Array, along: jax.Array, b: int, op) -> jax.Array:
 def decoded(codes: jax.Array, packed: Packed, spec: Operand, k: int) -> jax.Array:
     """Codes, one a byte [rows, k] -> f32 values, all but what `row_scale` holds."""
     w, rows = decode.values(codes, spec.element), codes.shape[0]
-    if spec.zero_point:
+    if packed.zero_point is not None:
         w = per_block(w, *blocks(packed.zero_point.astype(jnp.float32), spec, rows, k), jnp.subtract)
     scale = block_scale(packed, spec)
     return w if scale is None else per_block(w, *blocks(scale, spec, rows, k), jnp.multiply)

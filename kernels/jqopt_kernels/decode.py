@@ -52,8 +52,11 @@ def raw(codes: jax.Array, element: str) -> jax.Array:
         return codes.astype(jnp.float32)
     if mantissa is None:
         return _signed(codes, bits).astype(jnp.float32)
-    word, sign = codes.astype(jnp.uint16), 1 << (bits - 1)
-    half = ((word & sign) << (16 - bits)) | ((word & (sign - 1)) << (10 - mantissa))
+    # The code at the top of 16 bits, its exponent then shifted down to where the last bits of a float16's exponent
+    # are; the copies of the sign that the shift leaves behind it are masked out.
+    top = lax.bitcast_convert_type(codes.astype(jnp.uint16) << (16 - bits), jnp.int16)
+    shift, kept = 6 + mantissa - bits, (1 << (bits - 1)) - 1 << (10 - mantissa)
+    half = (top >> shift) & jnp.int16(kept - (1 << 15))
     out = lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
     return jnp.where((codes & 0x7F) == 0x7F, jnp.nan, out) if element == "e4m3" else out
 

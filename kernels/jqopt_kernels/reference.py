@@ -56,11 +56,13 @@ def element_table(element: str) -> np.ndarray:
     return table
 
 
-def scale_table(kind: str) -> np.ndarray:
+def scale_table(kind: str | None) -> np.ndarray:
     """[256] f32: the value of each scale byte; "e4m3", or "e8m0" = 2^(byte - 127) with 255 = NaN."""
     if kind == "e8m0":
         return np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
-    return element_table(kind)
+    if kind == "e4m3":
+        return element_table(kind)
+    raise KeyError(f"scales in uint8 are e4m3 or e8m0 bits, not {kind}")
 
 
 def unpack(data: jax.Array, element: str, k: int) -> jax.Array:
@@ -89,7 +91,7 @@ def dequantize(packed: Packed, spec: Operand, rows: int, k: int, *, is_packed: b
     index = lax.bitcast_convert_type(codes, jnp.uint8) if codes.dtype == jnp.int8 else codes
     index = index.astype(jnp.int32) & ((1 << BITS[spec.element]) - 1)
     values = jnp.take(jnp.asarray(element_table(spec.element)), index, axis=0)
-    if spec.zero_point:
+    if packed.zero_point is not None:
         values = values - expand(packed.zero_point.astype(jnp.float32), spec, rows, k)
     if packed.scale is not None:
         scale = packed.scale

@@ -58,7 +58,7 @@ def _ready(rhs: Packed, spec: Operand, n: int, k: int) -> tuple[_Weight, int]:
     scale, zero = block_scale(rhs, spec), None
     if scale is not None:
         scale, b = blocks(scale * decode.unit(spec.element), spec, n, k)
-    if spec.zero_point:
+    if rhs.zero_point is not None:
         zero, b = blocks(rhs.zero_point.astype(jnp.float32), spec, n, k)
     if b is not None and b < k:
         short = -(-k // b) * b * bits // 8 - data.shape[1]

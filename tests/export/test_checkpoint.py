@@ -24,6 +24,9 @@ import jqopt
 from jqopt.export import checkpoint, manifest, orbax, tree
 from jqopt.export.inputs import call_of, inputs_of
 
+# When a read fails, Orbax leaves other reads running that end after its event loop is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 METADATA = checkpoint.METADATA
 DOTS = {"match": {"path": "*", "op": "dot_general"}, "weight": "nvfp4"}
@@ -712,17 +715,35 @@ def test_unknown_formats_are_not_written():
 
 @pytest.mark.parametrize("name", jqopt.formats.names())
 def test_every_format_is_described_whole(name):
-    q = jqopt.QTensor.quantize(matrix(0, 128, 128), name)
+    q = jqopt.QTensor.quantize(matrix(0, 8, 32), name)
     entry = manifest.tensor_of("w", q, "w")
     arrays = manifest.arrays_of("w", q)
     read = manifest.Tensor.model_validate(json.loads(json.dumps(entry.model_dump())))
-    again = manifest.tensor_from("w", read, arrays)
-    assert_same(again, q)
-    np.testing.assert_array_equal(again.dequantize(), q.dequantize())
+    assert_same(manifest.tensor_from("w", read, arrays), q)
 
 
-def test_host_copies_are_not_kept():
-    """Hashing leaves no host copy behind in the array, or saving would hold every weight twice."""
-    x = jax.device_put(jnp.arange(16.0), NamedSharding(jax.make_mesh((8,), ("d",)), PartitionSpec("d")))
-    assert manifest.digest(x) == hashlib.sha256(np.arange(16, dtype=np.float32).tobytes()).hexdigest()
-    assert getattr(x, "_npy_value", None) is None
+def test_the_callers_orbax_settings_do_not_matter(linen, tmp_path):
+    """A context that casts what it saves, pads what it loads, and lets 1 byte through at a time."""
+    model, qm, _ = linen
+    theirs = ocp.Context()
+    theirs.array.saving.storage_options.dtype = jnp.bfloat16
+    theirs.array.loading.enable_padding_and_truncation = True
+    theirs.memory.write_concurrent_bytes = theirs.memory.read_concurrent_bytes = 1
+    with theirs:
+        jqopt.save(tmp_path / "c", qm)
+        again = jqopt.load(tmp_path / "c", model)
+    assert_same(again.params, qm.params)
+
+
+def test_leaves_larger_than_what_may_be_in_flight(linen, tmp_path, monkeypatch):
+    model, qm, _ = linen
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 100)
+    jqopt.save(tmp_path / "c", qm)
+    assert_same(jqopt.load(tmp_path / "c", model).params, qm.params)
+
+
+def test_hashes_do_not_depend_on_shardings():
+    x = jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    for spec in (PartitionSpec("a", "b"), PartitionSpec(None, "a"), PartitionSpec()):
+        assert manifest.digest(jax.device_put(x, NamedSharding(mesh, spec))) == manifest.digest(np.asarray(x))

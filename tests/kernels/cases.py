@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
 from jqopt_kernels import Operand, Packed
 
 BITS = {"int8": 8, "e4m3": 8, "e5m2": 8, "e3m2": 6, "e2m3": 6, "int4": 4, "uint4": 4, "e2m1": 4, "nf4": 4}
@@ -76,7 +77,7 @@ def case(pair: str, m: int, n: int, k: int, *, seed: int = 0, float_dtype=jnp.fl
         x = np.asarray(lhs.astype(jnp.float32), np.float64)
     else:
         lhs, x = operand(rng, lhs_spec, m, k, is_packed=False)
-    return Case(lhs, rhs, dict(lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=n, k=k), x @ w.T, bound(x, w))
+    return Case(lhs, rhs, {"lhs_spec": lhs_spec, "rhs_spec": rhs_spec, "n": n, "k": k}, x @ w.T, bound(x, w))
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jqopt_kernels as kernels
 import numpy as np
 import pytest
-from jqopt_kernels import decode, reference
 
-from tests.kernels.cases import ML_DTYPES, PAIRS, case, nf4
+import jqopt_kernels as kernels
+from jqopt_kernels import decode, reference
+from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, case, nf4
 
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
@@ -18,10 +18,9 @@ DEVICES = ("cpu", "cuda")
 
 def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     """The kernels that claim this product on any device. All of them run on CPU, fast or not."""
-    specs = case(pair, m, n, k).specs
+    lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
     shapes = kernels.Shapes(m, n, k)
-    reasons = [dict(kernels.explain("qdot", specs["lhs_spec"], specs["rhs_spec"], d, shapes)) for d in DEVICES]
-    return [k for k in kernels.KERNELS if any(r[k.name] is None for r in reasons)]
+    return [x for x in kernels.KERNELS if any(x.supports(lhs, rhs, d, shapes) is None for d in DEVICES)]
 
 
 def checks() -> list:

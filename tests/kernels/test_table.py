@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import jqopt_kernels as kernels
 import pytest
-from jqopt_kernels import NoKernelError, Operand, Shapes
 
+import jqopt_kernels as kernels
+from jqopt_kernels import NoKernelError, Operand, Shapes
 from tests.kernels.cases import FLOAT, OPERANDS, PAIRS, case
 
 INT8, FP8, NVFP4 = OPERANDS["int8"], OPERANDS["fp8"], OPERANDS["nvfp4"]
@@ -66,12 +66,12 @@ def test_a_named_backend_that_cannot_says_why():
 
 
 def test_an_unknown_backend_lists_those_there_are():
-    with pytest.raises(NoKernelError, match="no kernel named 'triton'.*xla_tiled.*reference"):
+    with pytest.raises(NoKernelError, match=r"no kernel named 'triton'.*xla_tiled.*reference"):
         kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="triton")
 
 
 def test_an_unknown_op_lists_those_there_are():
-    with pytest.raises(NoKernelError, match="'qconv'.*ops are qdot"):
+    with pytest.raises(NoKernelError, match=r"'qconv'.*ops are qdot"):
         kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG)
     with pytest.raises(NoKernelError, match="ops are qdot"):
         kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG, backend="xla_tiled")

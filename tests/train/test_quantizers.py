@@ -9,7 +9,6 @@ from jqopt.errors import UnsupportedError
 from jqopt.formats import E5M2
 from jqopt.train import quantizers
 
-
 nvfp4 = jax.jit(quantizers.nvfp4, static_argnames=("tile", "row_scaled", "four_over_six", "e4m3_max"))
 fp8_current = jax.jit(quantizers.fp8_current, static_argnums=1, static_argnames="power_of_two")
 fp8_block = jax.jit(quantizers.fp8_block, static_argnums=(1, 2), static_argnames="power_of_two")
@@ -85,7 +84,8 @@ def test_fp8_scales(power_of_two):
         (fp8_block(x, (1, 128), power_of_two=power_of_two), (130, 3)),
         (fp8_block(x, (128, 128), power_of_two=power_of_two), (2, 3)),
     ):
-        assert q.data.shape == x.shape and q.scale.shape == shape
+        assert q.data.shape == x.shape
+        assert q.scale.shape == shape
         mantissa = np.frexp(np.asarray(q.scale))[0]
         assert (mantissa == 0.5).all() == power_of_two
 
