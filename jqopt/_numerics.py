@@ -298,15 +298,15 @@ def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor
     if format.scale.name == "e8m0":
         stored = _exponent_from_amax(amax, format.element.max)
         return _Scales(stored, decode_scale(stored, format))
+    if not (format.global_scale or given):
+        scale = scale_from_amax(amax, format)
+        return _Scales(scale, scale)
     if tensor_scale is None:
         whole = amax_of(amax, (-2, -1)) if tensor_amax is None else jnp.asarray(tensor_amax)
         tensor_scale = scale_from_amax(whole, format)
     if format.global_scale:
         return _two_level_scales(amax, tensor_scale, format)
-    if given:
-        scale = jnp.broadcast_to(tensor_scale.astype(jnp.float32)[..., None, None], amax.shape)
-    else:
-        scale = scale_from_amax(amax, format)
+    scale = jnp.broadcast_to(tensor_scale.astype(jnp.float32)[..., None, None], amax.shape)
     return _Scales(scale, scale)
 
 

@@ -21,6 +21,10 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+quantize = jax.jit(QTensor.quantize, static_argnums=1, static_argnames=("axis", "stack", "granularity", "layout"))
+qdq = jax.jit(qdq_matrix, static_argnums=1)
+
+
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
@@ -95,8 +99,8 @@ def test_layout_refuses_what_does_not_fit():
 @pytest.mark.parametrize("name", ALL)
 def test_leaves_have_the_documented_layout(name):
     fmt, x = formats.get(name), normal(6, 70)
-    q = QTensor.quantize(x, name)
-    codes = quantize_matrix(x, fmt)
+    q = quantize(x, name)
+    codes = jax.jit(quantize_matrix, static_argnums=1)(x, fmt)
     for leaf, expected in zip((q.data, q.scale, q.global_scale, q.zero_point), codes, strict=True):
         assert (leaf is None) == (expected is None)
         if leaf is not None:
@@ -107,8 +111,8 @@ def test_leaves_have_the_documented_layout(name):
     assert q.dtype == "float32"
     assert q.ndim == 2
     assert q.size == x.size
-    np.testing.assert_array_equal(q.dequantize(), qdq_matrix(x, fmt))
-    np.testing.assert_array_equal(q.matrix(), qdq_matrix(x, fmt))
+    np.testing.assert_array_equal(q.dequantize(), qdq(x, fmt))
+    np.testing.assert_array_equal(q.matrix(), qdq(x, fmt))
 
 
 def test_sizes_are_those_of_the_leaves():
@@ -121,9 +125,9 @@ def test_sizes_are_those_of_the_leaves():
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (2, 0)])
 def test_axis(axis):
     x = normal(4, 6, 32)
-    q = QTensor.quantize(x, "int8", axis=axis)
+    q = quantize(x, "int8", axis=axis)
     layout = Layout.of(x.shape, axis)
-    expected = layout.from_matrix(qdq_matrix(layout.to_matrix(x), formats.get("int8")))
+    expected = layout.from_matrix(qdq(layout.to_matrix(x), formats.get("int8")))
     assert q.shape == x.shape
     np.testing.assert_array_equal(q.dequantize(), expected)
 
@@ -131,16 +135,15 @@ def test_axis(axis):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_the_parameters(dtype):
     x = normal(4, 64).astype(dtype)
-    q = QTensor.quantize(x, "nvfp4")
+    q = quantize(x, "nvfp4")
     assert q.dtype == dtype
     assert q.dequantize().dtype == dtype
-    same = QTensor.quantize(x.astype(jnp.float32), "nvfp4")
+    same = quantize(x.astype(jnp.float32), "nvfp4")
     jax.tree.map(np.testing.assert_array_equal, q.matrix(), same.matrix())  # arithmetic is float32 in both
 
 
 def test_stack_axes_are_independent():
     x = normal(3, 8, 32) * jnp.array([1.0, 10.0, 0.01])[:, None, None]
-    quantize = jax.jit(QTensor.quantize, static_argnums=1, static_argnames="stack")
     q = quantize(x, "nvfp4", stack=(0,))
     assert q.data.shape == (3, 8, 16)
     assert q.global_scale.shape == (3,)
@@ -151,7 +154,7 @@ def test_stack_axes_are_independent():
 
 def test_scan_slices_it():
     x = normal(3, 32, 8)
-    q = QTensor.quantize(x, "nvfp4", axis=1, stack=(0,))
+    q = quantize(x, "nvfp4", axis=1, stack=(0,))
 
     def body(carry, layer):
         assert layer.shape == (32, 8)
@@ -164,7 +167,7 @@ def test_scan_slices_it():
 
 def test_nested_scans_slice_it():
     x = normal(2, 3, 32, 8)
-    q = QTensor.quantize(x, "int8", axis=2, stack=(0, 1))
+    q = quantize(x, "int8", axis=2, stack=(0, 1))
     outer = jax.tree.map(lambda leaf: leaf[1], q)
     inner = jax.tree.map(lambda leaf: leaf[2], outer)
     assert (outer.shape, inner.shape) == ((3, 32, 8), (32, 8))
@@ -196,23 +199,23 @@ def test_it_passes_through_jit_and_tree_functions():
 def test_pre_scale_belongs_to_the_parameter():
     """x * pre_scale meets the codes, so the parameter that the codes stand for has pre_scale in its rows."""
     x, s = normal(8, 32), jnp.linspace(0.5, 2, 32)
-    q = QTensor.quantize(x / s, "int8").replace(pre_scale=s)
+    q = quantize(x / s, "int8").replace(pre_scale=s)
     np.testing.assert_allclose(q.dequantize(), x, atol=0.05)
     np.testing.assert_array_equal(q.matrix() * s, q.dequantize())
 
 
 def test_granularity_and_amax():
     x = normal(8, 32)
-    assert QTensor.quantize(x, "int8", granularity="tensor").scale.shape == (1, 1)
-    assert QTensor.quantize(x, "fp8", granularity="channel").scale.shape == (8, 1)
-    shared = QTensor.quantize(x, "nvfp4", tensor_amax=jnp.float32(8.0))
+    assert quantize(x, "int8", granularity="tensor").scale.shape == (1, 1)
+    assert quantize(x, "fp8", granularity="channel").scale.shape == (8, 1)
+    shared = quantize(x, "nvfp4", tensor_amax=jnp.float32(8.0))
     assert float(shared.global_scale) == pytest.approx(8 / 2688)
 
 
 def test_a_layout_instead_of_axes():
     layout = Layout((6, 4), (2, 3, 4), stack=(0,), rows=(2,), cols=(1,))
     x = normal(6, 4)
-    np.testing.assert_allclose(QTensor.quantize(x, "int8", layout=layout).dequantize(), x, atol=0.02)
+    np.testing.assert_allclose(quantize(x, "int8", layout=layout).dequantize(), x, atol=0.02)
 
 
 @pytest.mark.parametrize(("bad", "found"), [(jnp.nan, "1 NaN"), (jnp.inf, "1 inf"), (-jnp.inf, "1 inf")])

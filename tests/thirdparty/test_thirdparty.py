@@ -80,14 +80,14 @@ def gpt2() -> Case:
 def llama() -> Case:
     return hugging_face(
         "FlaxLlamaForCausalLM", text(), config="LlamaConfig", vocab_size=60, hidden_size=64, intermediate_size=80,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
 
 
 def mistral() -> Case:
     return hugging_face(
         "FlaxMistralForCausalLM", text(), config="MistralConfig", vocab_size=60, hidden_size=64, intermediate_size=80,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, sliding_window=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, sliding_window=8,
     )  # fmt: skip
 
 

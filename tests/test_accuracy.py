@@ -1,0 +1,80 @@
+"""Same method, same number: KL of the shipped presets on reference weights, against measurements made without jqopt.
+
+The expected values are those of an independent numpy/JAX fake quantization (no framework) on the same weights: 128
+windows of 256 tokens of WikiText-2 test, calibrated on 64 windows of train; KL to the float model, nats.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jqopt
+from jqopt.hf import load_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests/golden/tinylm_reference"
+EXPECTED = {  # preset: KL x 1e3 of the reference measurement
+    "int8_per_token": 0.66,  # int8 W8A8 channel/token
+    "int8": 16.37,  # int8 W8A8 channel/static tensor
+    "fp8": 1.71,  # fp8 W8A8 tensor/static tensor
+    "fp8_per_channel_per_token": 1.42,
+    "mxfp8": 1.73,
+    "int4_block_weight_only": 10.10,  # int4 g128 W4A16 RTN amax/7
+    "nvfp4_weight_only": 6.58,  # nvfp4 W4A16 RTN
+    "nvfp4": 17.81,  # nvfp4 W4A4 RTN
+    "mxfp4": 43.06,  # mxfp4 W4A4 RTN, exponent rounded up
+}
+TOLERANCE = 0.10
+WINDOWS, LENGTH, BATCH = 128, 256, 8
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """(model, variables, test windows, float log-probabilities by batch in float16)."""
+    model, variables = load_model(REFERENCE)
+    tokens = np.load(ROOT / "examples/tinylm/test_tokens.npy").astype(np.int32)
+    windows = tokens[: WINDOWS * LENGTH].reshape(WINDOWS, LENGTH)
+    return model, variables, windows
+
+
+@jax.jit
+def divergence(reference: jax.Array, candidate: jax.Array) -> jax.Array:
+    p, q = jax.nn.log_softmax(reference, -1), jax.nn.log_softmax(candidate, -1)
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+def calibration() -> list[np.ndarray]:
+    tokens = np.load(ROOT / "examples/tinylm/calib_tokens.npy").astype(np.int32).reshape(-1)
+    windows = tokens[: 64 * LENGTH].reshape(64, LENGTH)
+    return [windows[i : i + 16] for i in range(0, 64, 16)]
+
+
+@pytest.mark.parametrize("preset", EXPECTED)
+def test_kl_equals_the_reference_measurement(setting, preset):
+    model, variables, windows = setting
+    plain = jax.jit(model.apply)
+    qm = jqopt.quantize_model(model, preset, params=variables, batches=calibration())
+    total = 0.0
+    for i in range(0, WINDOWS, BATCH):
+        x = windows[i : i + BATCH, :-1]
+        total += float(divergence(plain(variables, x), qm(x)))
+    kl = 1e3 * total / (WINDOWS * (LENGTH - 1))
+    assert abs(kl / EXPECTED[preset] - 1) < TOLERANCE, f"{preset}: KL {kl:.3f}e-3, expected {EXPECTED[preset]}e-3"
+
+
+def test_reference_perplexity(setting):
+    """36.86 on these windows says that weights, tokens and model are those of the measurement."""
+    model, variables, windows = setting
+    plain = jax.jit(model.apply)
+    loss = 0.0
+    for i in range(0, WINDOWS, BATCH):
+        logits = jax.nn.log_softmax(plain(variables, windows[i : i + BATCH, :-1]), -1)
+        loss -= float(jnp.take_along_axis(logits, windows[i : i + BATCH, 1:, None], -1).sum())
+    assert np.exp(loss / (WINDOWS * (LENGTH - 1))) == pytest.approx(36.86, abs=0.01)
