@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels_cpu [--quick]
 
-All products of one shape run in one process, in turns, and the best time of each counts: on a shared machine only
+All products of one shape run in one process, in turns, and the best time of each counts: on a busy machine only
 such ratios mean something, and they still wander by a fifth. Above 1 is faster than float32.
 """
 

@@ -221,9 +221,7 @@ class Executor(Sited):
 def _output_axis(eqn: Any, side: int, axis: int) -> int:
     """Where a free axis of one operand of a dot_general lands in its output."""
     contract, batch = eqn.params["dimension_numbers"]
-    free = [
-        [d for d in range(v.aval.ndim) if d not in (*contract[i], *batch[i])] for i, v in enumerate(eqn.invars[:2])
-    ]
+    free = [[d for d in range(v.aval.ndim) if d not in (*contract[i], *batch[i])] for i, v in enumerate(eqn.invars[:2])]
     return len(batch[0]) + (len(free[0]) if side else 0) + free[side].index(axis)
 
 
@@ -293,7 +291,9 @@ def _match(weight: QView, batch: Sequence[int], contract: Sequence[int]) -> _Mat
     roles = (tensor.layout.stack, tensor.layout.rows, tensor.layout.cols)
     stack, rows, cols = ([atoms[i] for i in part] for part in roles)
     free = [d for d in range(len(view.shape)) if d not in (*contract, *batch)]
-    want_batch, want_free, want_contract = (fine(a for d in dims for a in view.axes[d]) for dims in (batch, free, contract))
+    want_batch, want_free, want_contract = (
+        fine(a for d in dims for a in view.axes[d]) for dims in (batch, free, contract)
+    )
     scanned = set(fine(view.scanned)) | set(view.scanned)
     left = [a for a in stack if a not in scanned and not (fine([a]) and set(fine([a])) <= scanned)]
     fixed = {a.whole: a.start for a in view.fixed}
@@ -391,7 +391,9 @@ def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     """A table lookup that decodes only the rows it picks."""
     table, indices = values
     numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    match = _match(table, (), tuple(range(1, len(table.shape) if isinstance(table, jax.Array) else len(table.view.shape))))
+    match = _match(
+        table, (), tuple(range(1, len(table.shape) if isinstance(table, jax.Array) else len(table.view.shape)))
+    )
     trailing = tuple(range(out.ndim - len(numbers.offset_dims), out.ndim))
     if match is None or match.cols != match.contract or match.rows != match.free or numbers.offset_dims != trailing:
         return _jaxpr.bind(eqn, values)[0]

@@ -51,7 +51,6 @@ class Observer(Sited):
             state = {**state, site.path: _update_at(state[site.path], index, update)}
         return _jaxpr.bind(eqn, values), state
 
-
     def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
         by_path = {s.path: d for found in self.at.values() for s, d in found}
         return {p: algorithm_of(by_path[p]).allreduce(before[p], after[p], axes) for p in after}

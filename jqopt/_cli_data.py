@@ -31,6 +31,11 @@ class Data:
         arrays = list(self.rows.values()) if isinstance(self.rows, dict) else [self.rows]
         return arrays[0].shape[0]
 
+    @property
+    def windows(self) -> np.ndarray | None:
+        """The windows of token ids, if that is what they are."""
+        return self.rows if self.tokens and not isinstance(self.rows, dict) else None
+
     def __len__(self) -> int:
         """The number of batches; the last may be smaller."""
         return -(-self.examples // self.batch)
@@ -60,9 +65,7 @@ def _narrow(x: np.ndarray, dtype: Any) -> np.ndarray:
     return np.ascontiguousarray(x, dtype)
 
 
-def read(
-    path: Path, *, length: int, batch: int, vocabulary: int | None = None, tokenizer: Path | None = None
-) -> Data:
+def read(path: Path, *, length: int, batch: int, vocabulary: int | None = None, tokenizer: Path | None = None) -> Data:
     """The examples of a data file.
 
     Args:
@@ -88,8 +91,8 @@ def read(
     if isinstance(found, dict):
         return Data(_checked(path, found), batch, False)
     data = Data(_windows(path, found, length), batch, _is_tokens(found))
-    if data.tokens and vocabulary is not None:
-        _check_vocabulary(path, data.rows, vocabulary)
+    if data.windows is not None and vocabulary is not None:
+        _check_vocabulary(path, data.windows, vocabulary)
     return data
 
 
@@ -123,7 +126,7 @@ def _windows(path: Path, x: np.ndarray, length: int) -> np.ndarray:
     return x[: len(x) // length * length].reshape(-1, length)
 
 
-def _check_vocabulary(path: Path, ids: Any, vocabulary: int) -> None:
+def _check_vocabulary(path: Path, ids: np.ndarray, vocabulary: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise CalibrationError(
@@ -147,7 +150,7 @@ def _tokenized(path: Path, tokenizer: Path | None) -> np.ndarray:
             "yourself and save the ids: np.save('tokens.npy', ids)"
         )
     try:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UnsupportedError(
             f"{path}: text needs the package tokenizers, which isn't installed: pip install 'jqopt[hf]'"
@@ -177,7 +180,7 @@ def _random(x: Any, vocabulary: int | None, random: np.random.Generator) -> Any:
     dtype = jax.numpy.dtype(x.dtype)
     if jax.numpy.issubdtype(dtype, np.floating):
         return random.standard_normal(x.shape).astype(dtype)
-    if dtype == bool:
+    if np.issubdtype(dtype, np.bool_):
         return random.integers(0, 2, x.shape).astype(bool)
     if not np.issubdtype(dtype, np.integer) or vocabulary is None:
         raise CalibrationError(
@@ -185,4 +188,3 @@ def _random(x: Any, vocabulary: int | None, random: np.random.Generator) -> Any:
             "data with --data, or the number of token ids with --vocab."
         )
     return random.integers(0, min(vocabulary, np.iinfo(dtype).max), x.shape).astype(dtype)
-

@@ -8,18 +8,22 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import pydantic
+from flax import linen, nnx
 
 import jqopt
 from jqopt import _apply
 from jqopt._calibrate import as_call
-from jqopt.errors import CheckpointError, TraceError
+from jqopt._cli_data import Data, read
+from jqopt._report import named
+from jqopt._trace import Graph
+from jqopt.errors import CheckpointError, PlanError, TraceError
 from jqopt.export.checkpoint import METADATA, Checkpoint
 from jqopt.frontends import function_of
 from jqopt.hf import load_config, load_model
@@ -33,6 +37,19 @@ TOKENS = (1, 128)
 """The shape of the ids a language model is traced with where nothing else is said."""
 
 
+class Source(pydantic.BaseModel):
+    """Where a model came from, as its checkpoint remembers it. `files`: {kept file: sha256}."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["huggingface", "function"]
+    name: str  # the MODEL argument
+    scan_layers: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    calibration: str = ""
+    files: dict[str, str] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model that a MODEL argument names. `params` None: an NNX module, which holds its own.
@@ -44,7 +61,7 @@ class Loaded:
     model: Any
     params: Any
     inputs: Any
-    source: dict[str, Any]
+    source: Source
     vocabulary: int | None = None
     folder: Path | None = None
 
@@ -55,10 +72,41 @@ class Loaded:
         return {name: x for name, x in kwargs.items() if not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(x))}
 
     @property
-    def tokenizer(self) -> Path | None:
-        return None if self.folder is None else self.folder / "tokenizer.json"
+    def tree(self) -> Any:
+        """Its parameters (and other state) as its plan knows them."""
+        return function_of(self.model, self.params).params
 
-    def trace(self, inputs: Any) -> jqopt.trace.__annotations__["return"]:  # type: ignore[name-defined]
+    def with_weights(self) -> Loaded:
+        """The same with the weights of the Hugging Face folder, if it was loaded without."""
+        if self.folder is None or not isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct):
+            return self
+        options = {"scan_layers": self.source.scan_layers, "dtype": jnp.dtype(self.source.dtype)}
+        return dataclasses.replace(self, params=load_model(self.folder, **options)[1])
+
+    def read(self, file: Path | None, length: int, batch: int, vocabulary: int | None = None) -> Data | None:
+        """The examples of a data file, or None without a file."""
+        if file is None:
+            return None
+        tokenizer = None if self.folder is None else self.folder / "tokenizer.json"
+        return read(file, length=length, batch=batch, vocabulary=vocabulary or self.vocabulary, tokenizer=tokenizer)
+
+    def example(self, texts: list[str], data: Data | None) -> Any:
+        """One batch to trace with: the shapes the user wrote, else the data's first batch, else the model's own.
+
+        Raises:
+            TraceError: there is none of them.
+        """
+        if texts:
+            return inputs_of(texts)
+        found = self.inputs if data is None else next(iter(data))
+        if found is None:
+            raise TraceError(
+                f"{self.source.name}: nothing says which inputs to trace it with: let the function return them too, or "
+                "write --input SHAPE, or --data FILE"
+            )
+        return found
+
+    def trace(self, inputs: Any) -> Graph:
         """Its graph at the shapes of one batch."""
         lead = () if self.params is None else (self.params,)
         args, kwargs = as_call(inputs, self.options)
@@ -106,19 +154,13 @@ def _from_folder(folder: Path, scan_layers: bool, dtype: str, weights: bool) -> 
     if is_checkpoint(str(folder)):
         raise CheckpointError(f"{folder} is quantized already (a jqopt checkpoint); give the float model.")
     family, config = load_config(folder)
-    if weights:
-        module, variables = load_model(folder, scan_layers=scan_layers, dtype=jnp.dtype(dtype))
-    else:
-        module = family.build(config, scan_layers, jnp.dtype(dtype))
-        variables = _shapes_of(module, jnp.dtype(dtype))
-    source = {"kind": "huggingface", "folder": str(folder), "scan_layers": scan_layers, "dtype": dtype}
-    inputs = jax.ShapeDtypeStruct(TOKENS, jnp.int32)
-    return Loaded(module, variables, inputs, source, getattr(config, "vocab_size", None), folder)
-
-
-def _shapes_of(module: Any, dtype: Any) -> Any:
+    module = family.build(config, scan_layers, jnp.dtype(dtype))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
+    source = Source(kind="huggingface", name=str(folder), scan_layers=scan_layers, dtype=dtype)  # type: ignore[arg-type]
+    ids = jax.ShapeDtypeStruct(TOKENS, jnp.int32)
+    found = Loaded(module, variables, ids, source, getattr(config, "vocab_size", None), folder)
+    return found.with_weights() if weights else found
 
 
 def _from_function(text: str) -> Loaded:
@@ -127,12 +169,13 @@ def _from_function(text: str) -> Loaded:
         found = make()
     except Exception as error:
         raise TraceError(f"{text}: calling it raised {type(error).__name__}: {error}") from error
-    source = {"kind": "function", "name": text}
-    parts = found if isinstance(found, tuple) else (found,)
-    if isinstance(parts[0], nnx.Module) and len(parts) <= 2:
-        return Loaded(parts[0], None, parts[1] if len(parts) == 2 else None, source)
-    if callable(parts[0]) and len(parts) in (2, 3) or hasattr(parts[0], "apply") and len(parts) in (2, 3):
-        return Loaded(parts[0], parts[1], parts[2] if len(parts) == 3 else None, source)
+    source = Source(kind="function", name=text)
+    model, *rest = found if isinstance(found, tuple) and found else (found,)
+    if isinstance(model, nnx.Module) and len(rest) <= 1:
+        return Loaded(model, None, rest[0] if rest else None, source)
+    if (callable(model) or isinstance(model, linen.Module)) and len(rest) in (1, 2):
+        params, inputs = rest if len(rest) == 2 else (rest[0], None)
+        return Loaded(model, params, inputs, source)
     raise TraceError(
         f"{text}: it returned {_kinds(found)}; expected (model, params) or (model, params, inputs) with a Linen module "
         "or a function of (params, *inputs), or an NNX module, or (nnx_module, inputs)"
@@ -146,7 +189,7 @@ def _kinds(found: Any) -> str:
 
 
 def _function(text: str) -> Callable[[], Any]:
-    """The function that `package.module:name` names; modules are looked for in the working folder first, as python -m does."""
+    """The function that `package.module:name` names; modules are looked for in the working folder first."""
     name, _, attribute = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -175,54 +218,95 @@ def _function(text: str) -> Callable[[], Any]:
 
 def kept_files(loaded: Loaded) -> dict[str, Path]:
     """The files that a checkpoint of the model keeps, by their names in it."""
-    if loaded.source["kind"] != "huggingface" or loaded.folder is None:
+    if loaded.source.kind != "huggingface" or loaded.folder is None:
         return {}
     return {f"hf/{name}": file for name in KEPT if (file := loaded.folder / name).is_file()}
 
 
 def remembered(loaded: Loaded, calibration: str) -> dict[str, Any]:
-    """What a checkpoint notes of its origin."""
+    """What a checkpoint of the model notes of its origin."""
     files = {name: _sha256(file) for name, file in kept_files(loaded).items()}
-    return {**loaded.source, "calibration": calibration, **({"files": files} if files else {})}
+    return loaded.source.model_copy(update={"calibration": calibration, "files": files}).model_dump()
 
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def model_of(checkpoint: Checkpoint, text: str | None, **options: Any) -> Loaded:
-    """The model of a checkpoint, without weights: from the files it keeps, or the MODEL that the user names.
+def source_of(checkpoint: Checkpoint) -> Source | None:
+    """What a checkpoint remembers of its origin; None where it's nothing that the command line wrote."""
+    try:
+        return Source.model_validate(checkpoint.manifest.source)
+    except pydantic.ValidationError:
+        return None
+
+
+def model_of(checkpoint: Checkpoint, text: str | None, *, weights: bool = False, **options: Any) -> Loaded:
+    """The model of a checkpoint: the MODEL that the user names, or else from the files the checkpoint keeps.
 
     A checkpoint's data never run code: a function whose name stands in it is called only when the user writes it.
 
     Raises:
-        CheckpointError: it can't be known, or the kept files are damaged.
+        CheckpointError: the model can't be known, or the kept files are damaged.
     """
-    source = checkpoint.manifest.source or {}
-    if source.get("kind") == "huggingface":
-        options = {"scan_layers": source.get("scan_layers"), "dtype": source.get("dtype")}
+    source = source_of(checkpoint)
+    kept = source is not None and source.kind == "huggingface"
+    if source is not None and kept:
+        options = {"scan_layers": source.scan_layers, "dtype": source.dtype}
     if text is not None:
-        return load(text, weights=False, **options)
-    if source.get("kind") == "huggingface":
-        _check_kept(checkpoint.directory, source.get("files") or {})
+        return load(text, weights=weights, **options)
+    if source is not None and kept:
+        _check_kept(checkpoint.directory, source)
         return load(str(checkpoint.directory / "hf"), weights=False, **options)
-    name = source.get("name")
-    said = f"It was made from {name}: if you trust that code, write --model {name}" if name else "Write --model MODEL"
-    raise CheckpointError(f"{checkpoint.directory}: the checkpoint holds weights and plan, but not the model's code. {said}")
+    raise CheckpointError(
+        f"{checkpoint.directory}: the checkpoint holds weights and plan, but no code of the model. "
+        + (f"It was made from {source.name}: if you trust that code, write --model {source.name}" if source else
+           "Write --model MODEL with the model that was quantized.")
+    )  # fmt: skip
 
 
-def _check_kept(folder: Path, files: Mapping[str, str]) -> None:
-    for name, digest in files.items():
-        if name.removeprefix("hf/") not in KEPT:
-            raise CheckpointError(f"{folder}: the manifest lists an unknown file {name!r}")
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name}: the file is missing or damaged; write --model with the original folder")
+def _check_kept(folder: Path, source: Source) -> None:
+    for name in KEPT:
+        kept, file = f"hf/{name}", folder / "hf" / name
+        if kept in source.files and not (file.is_file() and _sha256(file) == source.files[kept]):
+            raise CheckpointError(f"{file}: the file is missing or damaged; write --model with the original folder")
+    if "hf/config.json" not in source.files:
+        raise CheckpointError(f"{folder}: it keeps no config.json; write --model with the original folder")
 
 
-def load_checkpoint(text: str, model: str | None, **options: Any) -> tuple[jqopt.QTensor, Loaded]:
-    """(quantized model, its model without weights)."""
+def runnable(text: str, model: str | None = None, **options: Any) -> tuple[Callable[[Any], Any], Loaded]:
+    """(a function of one batch, its model) of a MODEL or a checkpoint; `model` names a checkpoint's model.
+
+    Raises:
+        CheckpointError, TraceError, UnsupportedError: as `load` and `jqopt.load`.
+    """
+    if not is_checkpoint(text):
+        loaded = load(text, **options)
+        return loaded.callable(), loaded
     loaded = model_of(Checkpoint(text), model, **options)
-    return jqopt.load(text, loaded.model), loaded
+    qm = jqopt.load(text, loaded.model)
+
+    def call(batch: Any) -> Any:
+        args, kwargs = as_call(batch, loaded.options)
+        return qm(*args, **kwargs)
+
+    return call, loaded
+
+
+def floats_of(checkpoint: Checkpoint, text: str, **options: Any) -> dict[str, Any]:
+    """The float parameters, by path, of the model that a checkpoint was made from.
+
+    Raises:
+        CheckpointError: they aren't that model's.
+    """
+    loaded = model_of(checkpoint, text, weights=True, **options)
+    function = function_of(loaded.model, loaded.params)
+    floats = named(function, function.params)
+    try:
+        _apply.check_paths(checkpoint.plan(), floats)
+    except PlanError as error:
+        raise CheckpointError(f"{text} isn't the model that {checkpoint.directory} was made from: {error}") from None
+    return floats
 
 
 # ---------------------------------------------------------------------------------------------------- inputs

@@ -140,6 +140,7 @@ def _by_window(
 
 def _equal_batches(windows: np.ndarray, batch: int) -> Iterator[tuple[jax.Array, int, int]]:
     """(ids, windows so far, windows in it): batches of one shape, so that a jitted model compiles once."""
+    batch = min(batch, len(windows))
     for at in range(0, len(windows), batch):
         ids = windows[at : at + batch]
         filler = np.repeat(ids[:1], batch - len(ids), axis=0)

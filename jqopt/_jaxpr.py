@@ -124,9 +124,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def evaluate(
-    jaxpr: Any, values: Sequence[Any], rule: Rule, state: State, address: Address = ()
-) -> tuple[list, State]:
+def evaluate(jaxpr: Any, values: Sequence[Any], rule: Rule, state: State, address: Address = ()) -> tuple[list, State]:
     """Runs `jaxpr` on `values` (arrays, QViews); at each site `rule` decides. -> (outputs, state)."""
     jaxpr, consts = open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -219,7 +217,11 @@ def _scan(eqn: Any, values: list, rule: Rule, state: State, address: Address) ->
         full = [init[i] if i in same else moving[i] for i in range(n_carry)]
         layer = [_inside(v, x) for v, x in zip(layer, feed, strict=True)]
         outs, after = evaluate(
-            jex_core.ClosedJaxpr(body, body_consts), [*consts, *full, *layer], rule, {**carried, **sliced}, (*address, 0)
+            jex_core.ClosedJaxpr(body, body_consts),
+            [*consts, *full, *layer],
+            rule,
+            {**carried, **sliced},
+            (*address, 0),
         )
         moving = {i: dense(outs[i]) for i in moving}
         ys = {j: dense(outs[j]) for j in range(n_carry, len(outs)) if j not in echo}
@@ -366,7 +368,9 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
     stack = range(ndim - 2)
     fields = {name: of(getattr(tensor, name), range(ndim)) for name in ("data", "scale", "zero_point")}
     fields["global_scale"] = of(tensor.global_scale, stack)
-    fields["input_scale"] = None if tensor.input_scale is None else of(tensor.input_scale, stack[: tensor.input_scale.ndim])
+    fields["input_scale"] = (
+        None if tensor.input_scale is None else of(tensor.input_scale, stack[: tensor.input_scale.ndim])
+    )
     fields["pre_scale"] = of(tensor.pre_scale, [*stack, ndim - 1])
     return QView(tensor.replace(**fields), view)
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 import jax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
+from jax.core import Tracer
 
 from jqopt import _apply, _plan, _report, _trace
 from jqopt._apply import Quantized
@@ -67,11 +68,11 @@ class QuantizedModel:
     """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
 
     def __post_init__(self) -> None:
-        function = self.plan.function
-        self._stateful = function is not None and function.kind == "nnx"
-        self._run = _apply.apply(
-            dataclasses.replace(self.plan, function=nnx.with_state(function)) if self._stateful else self.plan
-        )
+        function, made = self.plan.function, self.plan
+        if function is not None and function.kind == "nnx":
+            made = dataclasses.replace(self.plan, function=nnx.with_state(function))
+        self._stateful = made is not self.plan
+        self._run = _apply.apply(made)
 
     @property
     def params(self) -> Any:
@@ -104,11 +105,12 @@ class QuantizedModel:
             UnsupportedError: an NNX model would change its state inside a transformation of JAX (jit, grad, ...).
         """
         out = self._run(self.quant, *inputs, **kwargs)
-        return self._keep(*out, inputs, kwargs) if self._stateful else out
+        return self._keep(out, inputs, kwargs) if self._stateful else out
 
-    def _keep(self, out: Any, graphdef: Any, state: Any, inputs: tuple, kwargs: dict) -> Any:
-        """Keeps what a call of an NNX model has left behind; its output."""
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+    def _keep(self, result: tuple[Any, Any, Any], inputs: tuple, kwargs: dict) -> Any:
+        """Keeps the structure and state that a call of an NNX model has left behind; its output."""
+        out, graphdef, state = result
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
             nnx.check_unchanged(self.plan.function, self.params, inputs, kwargs)
             return out
         self.quant = Quantized({**self.params, "state": state})

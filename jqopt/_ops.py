@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jqopt_kernels as kernels
 from jax import lax
 
+import jqopt_kernels as kernels
 from jqopt import _numerics
 from jqopt._qtensor import QTensor
 from jqopt.formats import Format
@@ -130,7 +130,9 @@ def _product(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(kernel: kernels.Kernel, lhs_spec: kernels.Operand, facts: Weight, lhs: Any, arrays: kernels.Packed) -> jax.Array:
+def _run(
+    kernel: kernels.Kernel, lhs_spec: kernels.Operand, facts: Weight, lhs: Any, arrays: kernels.Packed
+) -> jax.Array:
     rhs_spec = operand(facts.format, facts.granularity)
     return kernel.run(lhs, arrays, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=facts.n, k=facts.k)
 
@@ -168,7 +170,9 @@ def operand(format: Format, granularity: str) -> kernels.Operand:
     return kernels.Operand(element, block, format.scale.name, granularity, format.global_scale, format.zero_point)
 
 
-def explain(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> list[tuple[str, str | None]]:
+def explain(
+    weight: Weight, spec: InputFormat | None, m: int, device: str | None = None
+) -> list[tuple[str, str | None]]:
     """For one product: every kernel of the table with None (it can) or the reason why not, in order of preference."""
     lhs = FLOAT if spec is None else operand(spec.format, _rows(spec))
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)

@@ -15,6 +15,7 @@ from jqopt._apply import Quantized, check_paths
 from jqopt._plan import Plan, describe
 from jqopt._qtensor import QTensor
 from jqopt._table import table
+from jqopt._trace import Function
 
 UNREAD = "no dot, convolution or lookup reads it"
 
@@ -81,15 +82,18 @@ class Report:
     def __str__(self) -> str:
         measured = any(row.sqnr_db is not None for row in self.rows)
         head = ["site", "op", "weight", "input", "float", "packed", "bits", *(["SQNR dB", "max error"] * measured)]
-        lines = [table(head, [_cells(row, measured) for row in self.rows])]
+        return "\n".join([table(head, [_cells(row, measured) for row in self.rows]), self.summary])
+
+    @property
+    def summary(self) -> str:
+        """The totals, and what was left alone and why."""
         done = len({row.path for row in self.rows})
-        lines.append(
+        total = (
             f"{done} of {self.parameters} parameters quantized, {self.bits_per_weight:.2f} bits per weight; all "
             f"parameters: {size(self.bytes_before)} before, {size(self.bytes_after)} after "
             f"({self.bytes_before / max(self.bytes_after, 1):.2f}x smaller); recipe {self.recipe!r}"
         )
-        lines += [f"left alone: {text}" for text in self._reasons()]
-        return "\n".join(lines)
+        return "\n".join([total, *(f"left alone: {text}" for text in self._reasons())])
 
     def _reasons(self) -> list[str]:
         """One line for each reason: how many, how large, which."""
@@ -139,16 +143,17 @@ def report(plan: Plan, quant: Quantized, params: Any = None) -> Report:
     Raises:
         PlanError: params aren't those of the plan.
     """
-    leaves, floats = named(plan, quant.params), {} if params is None else named(plan, params)
+    function = plan.function
+    leaves, floats = named(function, quant.params), {} if params is None else named(function, params)
     for found in (leaves, floats) if floats else (leaves,):
         check_paths(plan, found)
     return report_leaves(plan, leaves, floats)
 
 
-def named(plan: Plan, tree: Any) -> dict[str, Any]:
-    """The parameters of a tree by their paths; a QTensor is a leaf."""
+def named(function: Function, tree: Any) -> dict[str, Any]:
+    """The parameters of a model's tree by their paths; a QTensor is a leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QTensor))
-    return {path: leaf for key, leaf in flat if (path := plan.function.path_of(key)) is not None}
+    return {path: leaf for key, leaf in flat if (path := function.path_of(key)) is not None}
 
 
 def held(plan: Plan) -> Any:
@@ -214,7 +219,7 @@ def _float_bytes(q: QTensor) -> int:
 
 
 def error_of(w: jax.Array, q: QTensor) -> tuple[float, float]:
-    """(SQNR in dB, largest absolute error) of a packed weight against the float one, before any rounding to its dtype."""
+    """(SQNR in dB, largest absolute error) of a packed weight; what it decodes to isn't rounded to its dtype."""
     signal, noise, largest = _errors(w, q.replace(dtype="float32"))
     power, error = (float(np.sum(np.asarray(x, np.float64))) for x in (signal, noise))
     if error == 0:

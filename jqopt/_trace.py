@@ -348,7 +348,14 @@ class _Walk:
         return dataclasses.replace(base, stack=stack, rows=tuple(rows), cols=tuple(cols))
 
 
-TRANSPARENT = _view.SAME | {"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims"}
+TRANSPARENT = _view.SAME | {
+    "convert_element_type",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "expand_dims",
+}
 
 
 def _local(value: Any, shape: tuple[int, ...]) -> Any:
@@ -456,8 +463,7 @@ def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     rest = len(closed.in_avals) - len(flat)
     views: list[View | None] = [
-        None if (p := function.path_of(path)) is None else _view.whole(p, leaf.shape, leaf.dtype)
-        for path, leaf in flat
+        None if (p := function.path_of(path)) is None else _view.whole(p, leaf.shape, leaf.dtype) for path, leaf in flat
     ]
     return closed, out, [*views, *([None] * rest)]
 

@@ -25,7 +25,7 @@ class Atom(NamedTuple):
     full: int = 0
 
     @property
-    def whole(self) -> "Atom":
+    def whole(self) -> Atom:
         """The same factor before slicing."""
         return Atom(self.axis, self.stride, self.full, 0, self.full)
 
@@ -114,9 +114,7 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
 
 
 def transpose(view: View, order: Sequence[int]) -> View:
-    return dataclasses.replace(
-        view, shape=tuple(view.shape[i] for i in order), axes=tuple(view.axes[i] for i in order)
-    )
+    return dataclasses.replace(view, shape=tuple(view.shape[i] for i in order), axes=tuple(view.axes[i] for i in order))
 
 
 def slice_axis(view: View, axis: int, start: int, size: int) -> View | None:
@@ -131,9 +129,7 @@ def slice_axis(view: View, axis: int, start: int, size: int) -> View | None:
         return None
     cut = first._replace(start=first.start + start // inner, size=size // inner)
     shape = (*view.shape[:axis], size, *view.shape[axis + 1 :])
-    return dataclasses.replace(
-        view, shape=shape, axes=(*view.axes[:axis], (cut, *rest), *view.axes[axis + 1 :])
-    )
+    return dataclasses.replace(view, shape=shape, axes=(*view.axes[:axis], (cut, *rest), *view.axes[axis + 1 :]))
 
 
 def drop(view: View, dims: Sequence[int]) -> View:

@@ -195,7 +195,11 @@ def test_sharded_weights_and_inputs():
         plan = jqopt.plan(recipe, jqopt.trace(lambda p, x: x @ p, w, x))
         quant = jqopt.quantize(plan, w, jqopt.calibrate(plan, w, [x]))
         want = jqopt.apply(plan)(quant, x)
-        for weight_spec, x_spec in ((spec(None, "b"), spec("a")), (spec("b"), spec(None, "b")), (spec("a", "b"), spec())):
+        for weight_spec, x_spec in (
+            (spec(None, "b"), spec("a")),
+            (spec("b"), spec(None, "b")),
+            (spec("a", "b"), spec()),
+        ):
             ws, xs = place(w, weight_spec), place(x, x_spec)
             sharded = jqopt.quantize(plan, ws, jqopt.calibrate(plan, ws, [xs]))
             assert all(map(np.array_equal, jax.tree.leaves(sharded), jax.tree.leaves(quant)))
@@ -214,12 +218,13 @@ def test_shard_map_equals_the_plain_function(recipe):
         run = jax.shard_map(body, mesh=mesh, in_specs=(spec(), spec(None, "x"), spec("x")), out_specs=spec())
         return run(x, p["a"], p["b"])
 
-    params = {"a": jax.random.normal(jax.random.key(0), (64, 128)), "b": jax.random.normal(jax.random.key(1), (128, 64))}
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (64, 128)),
+        "b": jax.random.normal(jax.random.key(1), (128, 64)),
+    }
     x = jax.random.normal(jax.random.key(2), (4, 64))
     qm = jqopt.quantize_model(sharded, recipe, params=params, batches=[x])
-    plain = jqopt.quantize_model(
-        lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], recipe, params=params, batches=[x]
-    )
+    plain = jqopt.quantize_model(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], recipe, params=params, batches=[x])
     assert all(map(np.array_equal, jax.tree.leaves(qm.quant), jax.tree.leaves(plain.quant)))
     np.testing.assert_allclose(qm(x), plain(x), rtol=0, atol=2e-3)
 

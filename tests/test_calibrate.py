@@ -50,7 +50,11 @@ def test_continuing_equals_one_go():
     parts = [TOKENS[:4], TOKENS[4:8], TOKENS[8:]]
     half = jqopt.calibrate(plan, variables, parts[:1])
     assert jax.tree.all(
-        jax.tree.map(np.array_equal, jqopt.calibrate(plan, variables, parts[1:], stats=half), jqopt.calibrate(plan, variables, parts))
+        jax.tree.map(
+            np.array_equal,
+            jqopt.calibrate(plan, variables, parts[1:], stats=half),
+            jqopt.calibrate(plan, variables, parts),
+        )
     )
 
 
@@ -132,13 +136,17 @@ def test_a_weight_with_nan_or_inf_is_named(bad):
 def test_zero_weights_and_zero_inputs_give_zeros():
     params = {"a": jnp.zeros((32, 16)), "b": jax.random.normal(jax.random.key(0), (16, 8))}
     for recipe in ("int8", "fp8", "nvfp4", "mxfp4", "int4_block_weight_only"):
-        qm = jqopt.quantize_model(lambda p, x: (x @ p["a"]) @ p["b"], recipe, params=params, batches=[jnp.zeros((2, 32))])
+        qm = jqopt.quantize_model(
+            lambda p, x: (x @ p["a"]) @ p["b"], recipe, params=params, batches=[jnp.zeros((2, 32))]
+        )
         np.testing.assert_array_equal(qm(jnp.ones((2, 32))), jnp.zeros((2, 8)), err_msg=recipe)
 
 
 def test_donate_frees_each_float_weight():
     params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64)), "bias": jnp.ones(64)}
-    plan = jqopt.plan("int8_weight_only", jqopt.trace(lambda p, x: x @ p["a"] @ p["b"] + p["bias"], params, jnp.ones((1, 64))))
+    plan = jqopt.plan(
+        "int8_weight_only", jqopt.trace(lambda p, x: x @ p["a"] @ p["b"] + p["bias"], params, jnp.ones((1, 64)))
+    )
     quant = jqopt.quantize(plan, params, donate=True)
     assert params["a"].is_deleted() and params["b"].is_deleted() and not params["bias"].is_deleted()
     assert quant.params["bias"] is params["bias"]

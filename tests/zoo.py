@@ -78,9 +78,7 @@ class RematScan(nn.Module):
 class Vmapped(nn.Module):
     @nn.compact
     def __call__(self, x):
-        experts = nn.vmap(
-            nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=4
-        )
+        experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=4)
         return experts(64)(x).sum(0)
 
 
@@ -89,9 +87,7 @@ def custom_product(x, w):
     return x @ w
 
 
-custom_product.defvjp(
-    lambda x, w: (custom_product(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
-)
+custom_product.defvjp(lambda x, w: (custom_product(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
 
 
 class CustomVjp(nn.Module):
@@ -240,9 +236,7 @@ class JitDense(nn.Module):
 class CondDense(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.cond(
-            x.sum() > 0, lambda m, x: m(x), lambda m, x: m(2 * x), nn.Dense(64, name="d"), x
-        )
+        return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: m(2 * x), nn.Dense(64, name="d"), x)
 
 
 class WhileDense(nn.Module):

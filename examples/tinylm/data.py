@@ -25,8 +25,6 @@ def calibration_batches(count: int = 64, length: int = 256, batch: int = 8) -> I
     """
     stored = np.load(FOLDER / "calib_tokens.npy")
     if not (0 < count <= stored.shape[0] and 0 < length <= stored.shape[1] and batch > 0):
-        raise ValueError(
-            f"asked for {count} windows of {length} in batches of {batch}; stored are {stored.shape}"
-        )
+        raise ValueError(f"asked for {count} windows of {length} in batches of {batch}; stored are {stored.shape}")
     chosen = stored[:count, :length].astype(np.int32)
     return (chosen[at : at + batch] for at in range(0, count, batch))

@@ -42,9 +42,7 @@ def calibration_windows(tokens: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Read the texts, write the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
@@ -57,9 +55,7 @@ def main() -> None:
         text = (args.texts / f"{split}.txt").read_text(encoding="utf8")
         tokens = np.asarray(tokenizer.encode(text).ids, np.uint16)
         if tokenizer.decode(tokens, skip_special_tokens=False) != text:
-            raise SystemExit(
-                f"{split}.txt does not survive encoding and decoding; is tokenizer.json its own?"
-            )
+            raise SystemExit(f"{split}.txt does not survive encoding and decoding; is tokenizer.json its own?")
         np.save(args.out / f"{split}_tokens.npy", tokens)
         if split == "train":
             np.save(args.out / "calib_tokens.npy", calibration_windows(tokens))

@@ -31,16 +31,12 @@ Params = dict[str, Any]
 
 def arguments() -> argparse.Namespace:
     """What the command line says; the defaults are what the shipped model was trained with."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument(
-        "--minutes", type=float, default=57.0, help="the decay ends here even if steps are left"
-    )
+    parser.add_argument("--minutes", type=float, default=57.0, help="the decay ends here even if steps are left")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -97,9 +93,7 @@ def decay(step: int, progress: float, warmup: int, steady: float) -> float:
     return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) / (1.0 - steady))
 
 
-def mean_loss(
-    evaluate: Any, params: Params, tokens: np.ndarray, window: int, limit: int | None = None
-) -> float:
+def mean_loss(evaluate: Any, params: Params, tokens: np.ndarray, window: int, limit: int | None = None) -> float:
     """Mean loss over windows that do not overlap, window - 1 predictions each; the ragged end is left out."""
     count = len(tokens) // window
     windows = tokens[: count * window].reshape(count, window).astype(np.int32)[:limit]

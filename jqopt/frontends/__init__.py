@@ -34,7 +34,8 @@ def function_of(model: Any, params: Any) -> Function:
     if callable(model):
         return _plain(model, params)
     raise TraceError(
-        f"expected a Flax Linen module, a Flax NNX module or a function of (params, *inputs), found {type(model).__name__}"
+        "expected a Flax Linen module, a Flax NNX module or a function of (params, *inputs), "
+        f"found {type(model).__name__}"
     )
 
 

@@ -162,7 +162,7 @@ def regrouped(tensor: QTensor, count: int) -> QTensor:
 
 
 def _lead(leaf: jax.Array | None, stack: tuple[int, ...], count: int, trailing: int = 0) -> jax.Array | None:
-    """`leaf` with `count` stacked axes before its trailing ones: repeated along new ones, one of equals for old ones."""
+    """`leaf` with `count` stacked axes before its trailing ones: new ones repeat it, old ones held equal values."""
     if leaf is None:
         return None
     have = leaf.ndim - trailing

@@ -50,7 +50,7 @@ def _unboxed(key: tuple) -> tuple:
 
 
 def sliceable(variables: Any) -> Any:
-    """The same variables with the stacked axes of packed weights in front of every leaf, where lifted scans slice them."""
+    """The same variables with the stacked axes of packed weights in front of every leaf: there Flax slices them."""
     return jax.tree.map(
         lambda x: _native.sliceable(x) if isinstance(x, QTensor) else x,
         variables,
@@ -91,8 +91,8 @@ def intercept(qm: Any, *, modules: Sequence[type[nn.Module]] = (), simulate: boo
 
     Args:
         qm: a quantized Linen model (`jqopt.quantize_model`, `jqopt.load`).
-        modules: further classes to run in this way, whose own code reads quantized parameters (`self.param`). One call
-            of theirs may read, but not create, variables of other collections, and may not draw random numbers.
+        modules: further classes to run in this way, whose own code reads quantized parameters (`self.param`). A call of
+            theirs runs with all that is below it as a pure function, and may not draw random numbers.
         simulate: float32 quantize-dequantize arithmetic instead of packed kernels.
 
     Raises:

@@ -146,7 +146,7 @@ def quantize(model: nnx.Module, qm: Any, *, simulate: bool = False) -> nnx.Modul
     plan, tree = qm.plan, qm.params
     if not (isinstance(tree, Mapping) and set(tree) == {"params", "state"}):
         raise UnsupportedError(
-            f"jqopt.nnx.quantize needs an NNX model's qm; this one is of {getattr(plan.function, 'name', 'a function')}. "
+            f"jqopt.nnx.quantize needs an NNX model's qm; this one is of {getattr(plan.function, 'name', 'another')}. "
             "For Linen write `with jqopt.linen.intercept(qm)`; for functions `qm(...)`."
         )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -203,6 +203,9 @@ class Packed(NamedTuple):
     simulate: bool
 
 
+_PACKED = "packed_layer"  # the attribute that holds it
+
+
 def _replace_layers(module: nnx.Module, decisions: _native.Decisions, simulate: bool) -> None:
     """Makes each layer of a module that is nobody else's a quantized one, in place: shared layers stay shared."""
     left = {v.get_metadata("path"): v for _, v in nnx.iter_graph(module) if isinstance(v, QuantizedParam)}
@@ -217,7 +220,7 @@ def _replace_layers(module: nnx.Module, decisions: _native.Decisions, simulate: 
         names = tuple((name, v.get_metadata("path")) for name, v in own.items())
         paths = [path for _, path in names]
         mine = tuple((key, d) for key, d in decisions.items() if key[0] in paths)
-        layer.packed_layer = Packed(names, mine, simulate)
+        setattr(layer, _PACKED, Packed(names, mine, simulate))
         layer.__class__ = quantized_class(type(layer), LAYERS[kind][0])
         left = {path: v for path, v in left.items() if path not in paths}
     for path, v in left.items():
@@ -244,7 +247,7 @@ def quantized_class(base: type[nnx.Module], methods: tuple[str, ...]) -> type[nn
 
 def _run(layer: Any, base: type[nnx.Module], method: str, *args: Any, **kwargs: Any) -> Any:
     """A method of a layer on its packed weights: the method of the float layer, evaluated as whole models are."""
-    names, decisions, simulate = layer.packed_layer
+    names, decisions, simulate = getattr(layer, _PACKED)
     packed = {path: vars(layer)[name].get_value() for name, path in names}
 
     def call(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -38,8 +38,7 @@ def load_config(folder: str | Path) -> tuple[Family, Any]:
         raise CheckpointError(f"{path}: its JSON is a {type(config).__name__}; expected an object")
     if config.get("quantization_config"):
         raise UnsupportedError(
-            f"{path}: has a quantization_config, so the weights are quantized already; load the original "
-            "checkpoint"
+            f"{path}: has a quantization_config, so the weights are quantized already; load the original checkpoint"
         )
     family = families.find(config)
     return family, family.parse(config)

@@ -94,9 +94,7 @@ LLAMA = Family(
     build=lambda config, scan_layers, dtype: LlamaForCausalLM(config, scan_layers=scan_layers, dtype=dtype),
     names=_llama_names,
     copies=_llama_copies,
-    derived=(
-        ".rotary_emb.inv_freq",
-    ),  # transformers before 4.32 saved this table; it follows from the config
+    derived=(".rotary_emb.inv_freq",),  # transformers before 4.32 saved this table; it follows from the config
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}

@@ -91,9 +91,7 @@ def _required(config: Mapping[str, Any], name: str) -> int:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedError(
-            f"config.json: hidden_act is {activation!r}; the llama decoder computes 'silu'"
-        )
+        raise UnsupportedError(f"config.json: hidden_act is {activation!r}; the llama decoder computes 'silu'")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             raise UnsupportedError(f"config.json: {name} is true; the llama decoder has no biases")
@@ -188,9 +186,7 @@ class RMSNorm(nn.Module):
 
 
 def _projection(features: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    return nn.Dense(
-        features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
-    )
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
 
 class Attention(nn.Module):

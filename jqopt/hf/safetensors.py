@@ -116,9 +116,7 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
     value = value if isinstance(value, dict) else {}
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointError(
-            f"{path}: {name}: shape {shape!r} or data_offsets {offsets!r} is not a list of sizes"
-        )
+        raise CheckpointError(f"{path}: {name}: shape {shape!r} or data_offsets {offsets!r} is not a list of sizes")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name}: dtype {dtype!r} is not read; known are {', '.join(DTYPES)}")
     entry = Entry(path, name, DTYPES[dtype], tuple(shape), start + offsets[0])

@@ -82,6 +82,24 @@ def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> st
     return None
 
 
+def _fp8_dot(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+    """The product of fp8 arrays as it stands, scales after it: exact products, float32 sums."""
+    a = lax.bitcast_convert_type(lhs.data, FP8[lhs_spec.element])
+    b = lax.bitcast_convert_type(rhs.data, FP8[rhs_spec.element])
+    acc = lax.dot_general(a, b, NT, preferred_element_type=jnp.float32)
+    return finish(acc, row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec), out_dtype)
+
+
+def _fp8_dot_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    if why := _wrong(lhs, rhs, tuple(FP8)):
+        return why
+    if device in GPUS:
+        return f"on {device} xla_fp8 becomes one cuBLASLt call"
+    if device == "cpu" and shapes.m == 1:
+        return "m=1: XLA on CPU has no fp8 product for one row: it widens the whole weight"
+    return None
+
+
 def _decode(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
     """Both operands decoded as a whole; in bfloat16 where that is exact."""
     dtype = jnp.bfloat16 if both_fit_bf16(lhs, lhs_spec, rhs_spec) else jnp.float32
@@ -97,4 +115,5 @@ def _decode_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) ->
 xla_int8 = Kernel("xla_int8", "qdot", _int8_supports, as_is, _int8, low_precision=True)
 xla_int8_row = Kernel("xla_int8_row", "qdot", _int8_row_supports, as_is, _int8_row, low_precision=True)
 xla_fp8 = Kernel("xla_fp8", "qdot", _fp8_supports, as_is, _fp8, low_precision=True)
+xla_fp8_dot = Kernel("xla_fp8_dot", "qdot", _fp8_dot_supports, as_is, _fp8_dot, low_precision=True)
 xla_decode = Kernel("xla_decode", "qdot", _decode_supports, as_is, _decode)

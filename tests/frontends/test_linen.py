@@ -230,9 +230,7 @@ def test_method(net):
     model, variables = net
     h = zoo.X[:, :64]
     qm = quantized(model, variables, h, method="head")
-    np.testing.assert_array_equal(
-        intercepted(model, qm, qm.variables, h, method="head"), qm(h, method="head")
-    )
+    np.testing.assert_array_equal(intercepted(model, qm, qm.variables, h, method="head"), qm(h, method="head"))
     part = {"params": qm.variables["params"]["head"]["Dense_0"]}
     with pytest.raises(jqopt.UnsupportedError, match=r"^kernel: .*the whole model"):
         intercepted(nn.Dense(8), qm, part, h)
@@ -309,6 +307,25 @@ def test_a_class_of_ones_own_may_write_variables():
     got, kept = intercepted(model, qm, qm.variables, zoo.X, modules=(Scale,), **call)
     np.testing.assert_array_equal(got, want)
     assert len(kept["intermediates"]["layers_1"]["seen"]) == 1
+
+
+class Mixed(nn.Module):
+    """Raw parameter, submodules and their statistics in one class."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(64)(x))
+        return x @ self.param("w", zoo.INIT, (64, 32))
+
+
+def test_a_class_of_ones_own_may_hold_other_modules():
+    model = nn.Sequential([nn.Dense(64), Mixed()])
+    variables, call = model.init(jax.random.key(0), zoo.X), {"mutable": ["batch_stats"]}
+    qm = quantized(model, variables, zoo.X, **call)
+    with pytest.raises(jqopt.UnsupportedError, match="layers_1/w: Mixed reads"):
+        intercepted(model, qm, qm.variables, zoo.X, **call)
+    got = intercepted(model, qm, qm.variables, zoo.X, modules=(Mixed,), **call)
+    jax.tree.map(np.testing.assert_array_equal, got, qm(zoo.X, **call))
 
 
 def test_a_class_of_ones_own_may_not_draw_random_numbers():

@@ -67,9 +67,7 @@ def forward(variables: dict[str, Any], config: LlamaConfig, ids: np.ndarray) -> 
         gate, up, down = (block["mlp"][f"{name}_proj"]["kernel"] for name in ("gate", "up", "down"))
         x = x + ((y @ gate) / (1 + np.exp(-(y @ gate))) * (y @ up)) @ down
     x = norm(x, params["norm"], config)
-    return x @ (
-        params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]["kernel"]
-    )
+    return x @ (params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]["kernel"])
 
 
 def norm(x, params, config):
@@ -128,9 +126,7 @@ def test_scanned_and_unrolled_agree(remat):
 
     np.testing.assert_allclose(unrolled.apply(variables, IDS), scanned.apply(other, IDS), atol=1e-4)
     grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss(unrolled)))(variables))
-    assert_trees_close(
-        stacked(grads, CONFIG.num_hidden_layers), jax.jit(jax.grad(loss(scanned)))(other), atol=1e-4
-    )
+    assert_trees_close(stacked(grads, CONFIG.num_hidden_layers), jax.jit(jax.grad(loss(scanned)))(other), atol=1e-4)
 
 
 def assert_trees_close(a, b, atol):

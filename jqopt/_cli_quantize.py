@@ -1,0 +1,80 @@
+"""Quantization as the command line offers it: planned on shapes, then weights, calibration and packing with bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jqopt
+from jqopt._calibrate import as_call
+from jqopt._cli_data import Data, random_batches
+from jqopt._cli_models import Loaded
+from jqopt._cli_print import bar, note
+from jqopt._model import QuantizedModel
+from jqopt._plan import Plan
+from jqopt.errors import CalibrationError
+
+RANDOM = "random numbers: what the model computes means nothing"
+
+
+class Feed(NamedTuple):
+    """Batches to calibrate with, how many, and what the checkpoint says of them."""
+
+    batches: Iterable[Any]
+    count: int
+    origin: str
+
+
+def feed_of(data: Data, name: str) -> Feed:
+    """A file's examples."""
+    return Feed(data, len(data), f"{name}, {len(data)} batches of {data.batch}")
+
+
+def random_feed(loaded: Loaded, example: Any, vocabulary: int | None, shape: tuple[int, int], count: int) -> Feed:
+    """Random stand-ins: ids [batch, length] for language models, numbers like the example's for others."""
+    like = jax.ShapeDtypeStruct(shape, jnp.int32) if loaded.vocabulary is not None else example
+    return Feed(random_batches(like, vocabulary or loaded.vocabulary, count), count, RANDOM)
+
+
+def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> tuple[QuantizedModel, str]:
+    """(the quantized model, what it was calibrated with). The weights of a Hugging Face folder are read at the end.
+
+    Raises:
+        CalibrationError: the recipe needs data and there are none.
+        JqoptError: as `jqopt.plan`, `jqopt.calibrate` and `jqopt.quantize` do.
+    """
+    plan = jqopt.plan(recipe, loaded.trace(example))
+    feed = _needed(plan, feed)
+    loaded = loaded.with_weights()
+    tree, stats = loaded.tree, None
+    if feed is not None:
+        with bar("calibrate", feed.count) as step:
+            stats = jqopt.calibrate(plan, tree, feed.batches, progress=step, **loaded.options)
+    done: list[str] = []
+    with bar("quantize", len(plan.quantized)) as step:
+        # What was read from a folder belongs to nobody else, so its memory is freed as it is packed.
+        donate = loaded.folder is not None
+        quant = jqopt.quantize(plan, tree, stats, donate=donate, progress=lambda p: step(done.append(p) or len(done)))
+    inputs = jax.tree.map(_shape, as_call(example, loaded.options))
+    return QuantizedModel(loaded.model, plan, quant, inputs), "" if feed is None else feed.origin
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+
+
+def _needed(plan: Plan, feed: Feed | None) -> Feed | None:
+    """The batches if the plan needs any."""
+    if not plan.needs_data:
+        if feed is not None:
+            note(f"recipe {plan.recipe.name!r} needs no calibration: the data aren't used")
+        return None
+    if feed is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name!r} needs calibration: {len(plan.needs_data)} sites have static input scales "
+            f"(first: {plan.needs_data[0]}). Write --data FILE, or --random-calibration to try it without data."
+        )
+    return feed

@@ -1,0 +1,325 @@
+"""The command line: parses, calls, prints. `jqopt --help` lists the words; each takes --json and --debug."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jqopt._cli_print import Shown, command, note
+
+# The modules that do the work are imported inside the commands: `--help` answers without them.
+
+MODEL_HELP = "package.module:function, or a Hugging Face folder."
+LOUD = (
+    "WARNING: --random-calibration: the scales of the inputs come from random numbers. Sizes and speed are right;\n"
+    "WARNING: what the model computes is NOT, and its accuracy means nothing. Use real data for a model to keep."
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="""
+Quantization for JAX: recipes, plans, packed checkpoints.
+
+A MODEL is package.module:function (found from the working folder; the function returns (model, params),
+(model, params, inputs), an NNX module, or (nnx_module, inputs)), or a Hugging Face checkpoint folder.
+Exit status: 0, 1 (failed), 2 (bad usage).
+""")  # fmt: skip
+recipes = typer.Typer(no_args_is_help=True, help="The shipped recipes, and checks of your own.")
+app.add_typer(recipes, name="recipes")
+
+
+def _model(text: str) -> str:
+    """A MODEL argument of the right form; whether it is there shows later."""
+    if Path(text).is_dir() or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
+        return text
+    raise typer.BadParameter(f"{text!r} is neither a folder nor of the form package.module:function")
+
+
+def _shapes(texts: list[str]) -> list[str]:
+    from jqopt._cli_models import inputs_of
+
+    try:
+        inputs_of(texts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return texts
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, callback=_model)]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A folder that quantize or jqopt.save wrote.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name, or a YAML file.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SHAPE", callback=lambda x: _shapes(x or []),
+                 help="Shape of an input, such as 2x128:int32 or x=8x32:float32; once for each input."),
+]  # fmt: skip
+Scan = Annotated[bool, typer.Option("--scan-layers", help="Hugging Face: run the layers as one scan.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option(help="Hugging Face: of weights and computation.")
+]
+DataFile = Annotated[
+    Path | None, typer.Option("--data", help="Token ids or examples (.npy), keyword inputs (.npz), text (.txt).")
+]
+Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens in a window, where the data are one long text.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples in a batch.")]
+Vocab = Annotated[int | None, typer.Option("--vocab", min=1, help="Number of token ids, if the model can't say.")]
+OtherModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", callback=lambda x: x and _model(x), help="The model of the checkpoint."),
+]
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@recipes.command("list")
+@command
+def recipes_list(as_json: Json = False, debug: Debug = False) -> Shown:
+    """The shipped recipes."""
+    import jqopt
+    from jqopt._table import table
+
+    found = jqopt.list_recipes()
+    return Shown(
+        [{"name": n, "description": d} for n, d in found.items()], table(("recipe", "what"), list(found.items()))
+    )
+
+
+@recipes.command("show")
+@command
+def recipes_show(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """One recipe with all that it extends: the rules in the order in which they decide."""
+    import jqopt
+
+    found = jqopt.load_recipe(recipe)
+    return Shown({**found.to_dict(), "fingerprint": found.fingerprint}, found.to_yaml().rstrip())
+
+
+@recipes.command("check")
+@command
+def recipes_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files, or names of shipped recipes.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Whether recipes are right; names file, line and key of what isn't."""
+    import jqopt
+
+    found: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            recipe = jqopt.load_recipe(file)
+            found.append({"file": file, "ok": True, "rules": len(recipe.rules), "error": None})
+        except jqopt.RecipeError as error:
+            found.append({"file": file, "ok": False, "rules": None, "error": str(error)})
+    lines = [f"ok     {f['file']} ({f['rules']} rules)" if f["ok"] else f"wrong  {f['error']}" for f in found]
+    return Shown(found, "\n".join(lines), failed=not all(f["ok"] for f in found))
+
+
+@recipes.command("schema")
+@command
+def recipes_schema(as_json: Json = False, debug: Debug = False) -> Shown:
+    """The JSON Schema of recipe files, for editors."""
+    from jqopt._cli_print import dumped
+    from jqopt._recipe import recipe_schema
+
+    schema = recipe_schema()
+    return Shown(schema, dumped(schema))
+
+
+# ------------------------------------------------------------------------------------------------- trace, plan
+
+
+@app.command()
+@command
+def trace(
+    model: Model,
+    inputs: Inputs = None,
+    data: DataFile = None,
+    seq: Length = 256,
+    batch: Batch = 8,
+    scan_layers: Scan = False,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Every site of a model: the operations that read a parameter, and what can't be quantized and why."""
+    from jqopt._cli_inspect import graph_facts
+    from jqopt._cli_models import load
+
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
+    return Shown(graph_facts(graph), str(graph))
+
+
+@app.command()
+@command
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    inputs: Inputs = None,
+    data: DataFile = None,
+    seq: Length = 256,
+    batch: Batch = 8,
+    scan_layers: Scan = False,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """What a recipe would do to each site of a model, and by which rule. Nothing runs, no weight is read."""
+    import jqopt
+    from jqopt import _plan
+    from jqopt._cli_models import load
+
+    rules = jqopt.load_recipe(recipe)
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
+    made = jqopt.plan(rules, graph)
+    return Shown(_plan.to_dict(made), str(made))
+
+
+# ---------------------------------------------------------------------------------------------------- quantize
+
+
+@app.command()
+@command
+def quantize(
+    model: Model,
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint to write.")],
+    data: DataFile = None,
+    random: Annotated[bool, typer.Option("--random-calibration", help="Random numbers in place of data.")] = False,
+    inputs: Inputs = None,
+    seq: Length = 256,
+    batch: Batch = 8,
+    batches: Annotated[int, typer.Option("--max-batches", min=1, help="Batches to calibrate with.")] = 8,
+    vocab: Vocab = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")] = False,
+    scan_layers: Scan = False,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Quantize a model and save it: packed weights, scales, plan and recipe."""
+    if data is not None and random:
+        raise typer.BadParameter("--data and --random-calibration exclude each other")
+    import jqopt
+    from jqopt import _cli_quantize as work
+    from jqopt._cli_models import kept_files, load, remembered
+    from jqopt.export.orbax import check_target, save
+
+    check_target(out, overwrite)
+    rules = jqopt.load_recipe(recipe)
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    found = loaded.read(data, seq, batch, vocab)
+    example = loaded.example(inputs or [], found)
+    feed = None if found is None else work.feed_of(found.first(batches), str(data))
+    if random:
+        note(LOUD)
+        feed = work.random_feed(loaded, example, vocab, (batch, seq), batches)
+    qm, calibration = work.quantize(loaded, rules, example, feed)
+    save(out, qm, overwrite=overwrite, source=remembered(loaded, calibration), files=kept_files(loaded))
+    report = qm.report()
+    facts = {"out": str(out), "model": model, "calibration": calibration, "report": report.to_dict()}
+    return Shown(facts, f"{report.summary}\nsaved to {out}")
+
+
+# -------------------------------------------------------------------------------------- eval, inspect, report
+
+
+@app.command("eval")
+@command
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="CKPT|MODEL", help="What to evaluate.", callback=_model)],
+    data: Annotated[Path, typer.Option("--data", help="Token ids or examples, as for quantize.")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL|CKPT", callback=lambda x: x and _model(x), help="Compare with it."),
+    ] = None,
+    model: OtherModel = None,
+    seq: Length = 256,
+    batch: Batch = 8,
+    batches: Annotated[int | None, typer.Option("--max-batches", min=1, help="Batches to use; default all.")] = None,
+    scan_layers: Scan = False,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Perplexity of a language model; with a reference also KL and agreement, or for other models the distance."""
+    from jqopt import _cli_evaluate
+    from jqopt._cli_models import runnable
+
+    run, loaded = runnable(target, model, scan_layers=scan_layers, dtype=dtype)
+    examples = loaded.read(data, seq, batch)
+    assert examples is not None
+    other = None if reference is None else runnable(reference, scan_layers=scan_layers, dtype=dtype)[0]
+    return _cli_evaluate.evaluate(run, other, examples.first(batches))
+
+
+@app.command()
+@command
+def inspect(
+    checkpoint: Checkpoint,
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", min=1, help="Rows of the activation to choose kernels for.")
+    ] = None,
+    device: Annotated[Literal["cpu", "gpu", "tpu"] | None, typer.Option(help="Choose kernels for it.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """What is in a checkpoint, and which kernel each site would run and why not the others. Reads no weight."""
+    from jqopt import _cli_inspect
+    from jqopt.export.checkpoint import Checkpoint as Opened
+
+    facts = _cli_inspect.facts(Opened(checkpoint), rows or [1, 512], device)
+    return Shown(facts, _cli_inspect.text(facts))
+
+
+@app.command()
+@command
+def report(
+    checkpoint: Checkpoint,
+    model: OtherModel = None,
+    scan_layers: Scan = False,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Bytes and bits of each packed weight; with the float model also its error."""
+    from jqopt import _cli_inspect
+    from jqopt._cli_models import floats_of
+    from jqopt.export.checkpoint import Checkpoint as Opened
+
+    opened = Opened(checkpoint)
+    floats = None if model is None else floats_of(opened, model, scan_layers=scan_layers, dtype=dtype)
+    found = _cli_inspect.stored_report(opened, floats)
+    return Shown(found.to_dict(), str(found))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import jqopt
+
+        typer.echo(jqopt.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point `jqopt`."""
+    app(prog_name="jqopt")
