@@ -84,14 +84,16 @@ def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tu
     return jax.tree.unflatten(jax.tree.structure(out), [_jaxpr.dense(o) for o in outs])
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+        return leaf
     return jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype) if isinstance(leaf, QTensor) else leaf.dtype)
 
 
 def check_params(plan: Plan, params: Any) -> list:
     """The leaves of a quantized tree, checked against the plan; the message names the parameter that differs."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    paths = {p: leaf for key, leaf in flat if (p := plan.function.path_of(key)) is not None}
+    paths = {p: leaf for key, leaf in flat if (p := _trace.parameter_path(plan.function, key, leaf)) is not None}
     check_paths(plan, paths)
     done = plan.quantized
     for path, leaf in paths.items():

@@ -18,6 +18,7 @@ from jqopt._trace import Site
 from jqopt.algorithms import Algorithm
 from jqopt.errors import CalibrationError
 
+Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
 Stats = dict[str, Any]
 """Statistics by parameter path: a pytree of arrays, with the stacked layers' axes first. Save it, merge it, plot it."""
 
@@ -46,9 +47,12 @@ class Observer(Sited):
         for site, decision in self.at[address]:
             assert site.path is not None, site.key
             x = _matrix(values[1 - site.operand], eqn, site)
-            update = functools.partial(algorithm_of(decision).update, x=x)
+            algorithm = algorithm_of(decision)
             index = tuple(a.start for a in site.view.fixed) if site.view is not None else ()
-            state = {**state, site.path: _update_at(state[site.path], index, update)}
+            state = {
+                **state,
+                site.path: _update_at(state[site.path], index, lambda s, a=algorithm, x=x: a.update(s, x)),
+            }
         return _jaxpr.bind(eqn, values), state
 
     def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
@@ -98,7 +102,10 @@ def calibrate(
         CalibrationError: no batches, a site that no data reached, or NaN or inf at a site (which it names).
         PlanError: params aren't those of the plan.
     """
-    stats = initial(plan) if stats is None else stats
+    # a copy: each step takes over the buffers of the last, and the caller's own must stay as they are
+    stats = initial(plan) if stats is None else jax.tree.map(jnp.copy, stats)
+    if batches is None:
+        raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_data:
         return stats
     _check(plan, params)
@@ -117,7 +124,8 @@ def calibrate(
             "calibrate got no batches: the iterable is empty (a generator that was already used up?). "
             f"Sites that wait for data: {', '.join(list(plan.needs_data)[:6])}"
         )
-    check_stats(plan, stats)
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(stats)):
+        check_stats(plan, stats)
     return stats
 
 
@@ -132,7 +140,9 @@ def as_call(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
 
 def _check(plan: Plan, params: Any) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    check_paths(plan, {p: leaf for key, leaf in flat if (p := plan.function.path_of(key)) is not None})
+    check_paths(
+        plan, {p: leaf for key, leaf in flat if (p := _trace.parameter_path(plan.function, key, leaf)) is not None}
+    )
 
 
 def _step(plan: Plan, rebuild: Callable, stats: Stats, params: Any, arrays: list) -> Stats:

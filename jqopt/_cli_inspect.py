@@ -173,9 +173,19 @@ def _kernels(facts: Mapping[str, Any]) -> str:
     for (op, weight, given, runs), sites in groups.items():
         more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
         lines.append(f"  {sites[0]['site']}{more} ({op}, {weight} x {given}): {runs}")
-        for kernel in sites[0]["kernels"]:
-            lines += [f"    not {name} at {_rows(kernel['rows'])}: {why}" for name, why in kernel["not"].items()]
+        lines += [f"    not {text}" for text in _refusals(sites[0]["kernels"])]
     return "\n".join(lines)
+
+
+def _refusals(kernels: list[dict]) -> list[str]:
+    """Each kernel's reason why not; with the rows it is for, where these matter."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for kernel in kernels:
+        for name, why in kernel["not"].items():
+            found.setdefault((name, why), []).append(kernel["rows"])
+    every = [kernel["rows"] for kernel in kernels]
+    at = {key: "" if rows == every else f" at {', '.join(map(_rows, rows))}" for key, rows in found.items()}
+    return [f"{name}{at[name, why]}: {why}" for name, why in found]
 
 
 def _rows(count: int) -> str:

@@ -179,6 +179,8 @@ def _call(inner: Any, rule: Rule, address: Address, values: list, state: State) 
 
 def _rearranged(eqn: Any, values: list) -> list:
     """Follows quantized parameters through casts, reshapes, transposes and slices without touching their data."""
+    if eqn.primitive.name in _view.SAME and len(values) > 1:  # a barrier: packed operands need none
+        return [v if is_quantized(v) else dense(v) for v in values]
     if eqn.primitive.name == "concatenate":
         return [QConcat(tuple(values), eqn.params["dimension"])]
     if len(values) == 1 and isinstance(values[0], QDense):

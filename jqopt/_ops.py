@@ -46,16 +46,17 @@ def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
 # jitted so that JAX traces and lowers each of these once for all sites of one shape
 @functools.partial(jax.jit, static_argnums=0)
 def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
+    values = _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
+    return jnp.where(jnp.isnan(rows), jnp.float32(jnp.nan), values)  # no code stands for NaN: it must not be lost
 
 
 def _qdq_fwd(x, scale, spec):
-    return _qdq(x, scale, spec), (x.dtype, scale)
+    return _qdq(x, scale, spec), (jnp.zeros((0,), x.dtype), scale)
 
 
 def _qdq_bwd(spec, kept, g):
-    dtype, scale = kept
-    return g.astype(dtype), None if scale is None else jnp.zeros_like(scale)
+    like, scale = kept
+    return g.astype(like.dtype), None if scale is None else jnp.zeros_like(scale)
 
 
 _qdq.defvjp(_qdq_fwd, _qdq_bwd)
@@ -126,7 +127,11 @@ def _product(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate
         lhs_spec = operand(spec.format, _rows(spec))
         lhs = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
     kernel = _find(lhs_spec, facts, x.shape[0], backend)
-    return _run(kernel, lhs_spec, facts, lhs, arrays)
+    out = _run(kernel, lhs_spec, facts, lhs, arrays)
+    if spec is None:
+        return out
+    lost = jnp.isnan(x).any(axis=-1, keepdims=True)  # integer codes have no NaN: its row says so
+    return jnp.where(lost, jnp.float32(jnp.nan), out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

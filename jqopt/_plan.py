@@ -267,7 +267,8 @@ def _check_parameters(graph: Graph, decisions: list[Decision]) -> None:
                 "Write one rule that matches both (for an embedding tied to the head: "
                 "`match: {path: ..., used_by: gather}`), or `keep: true` for the parameter."
             )
-        if d.weight is not None and other.outer != d.outer:
+        static = d.input is not None and d.input.needs_calibration
+        if d.weight is not None and static and other.outer != d.outer:
             raise PlanError(
                 f"{d.path}: site {other.key} reads it as layers {list(other.outer)}, site {d.key} as "
                 f"{list(d.outer)}; one input scale can't serve both. Keep it with `keep: true`."

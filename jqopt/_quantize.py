@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _numerics, algorithms
+from jqopt import _numerics, _trace, algorithms
+from jqopt._numerics import amax_of
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, algorithm_of, check_stats
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.algorithms import Problem
-from jqopt.algorithms.max import finite_amax
 from jqopt.errors import CalibrationError, UnsupportedError
+
+Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
 
 
 def quantize(
@@ -39,23 +42,24 @@ def quantize(
         PlanError: params aren't those of the plan.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
-    paths = [plan.function.path_of(key) for key, _ in flat]
+    paths = [_trace.parameter_path(plan.function, key, leaf) for key, leaf in flat]
     leaves = [leaf for _, leaf in flat]
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
     _check_input(plan, found, stats)
     shared, inputs = group_amax(plan, found), input_amax(plan, stats or {})
+    uses = collections.Counter(id(leaf) for leaf in leaves)  # one array may stand at several paths
     for i, path in enumerate(paths):
         d = plan.quantized.get(path) if path is not None else None
-        if d is None:
+        if d is None or path is None:
             continue
         state = None if stats is None or path not in plan.needs_data else stats[path]
         packed = solve(d, leaves[i], state, shared.get(path), inputs.get(path))
-        if donate and isinstance(leaves[i], jax.Array):
+        uses[id(leaves[i])] -= 1
+        if donate and isinstance(leaves[i], jax.Array) and not uses[id(leaves[i])]:
             jax.block_until_ready(packed)
             leaves[i].delete()
         leaves[i] = packed
-        flat[i] = (flat[i][0], None)
         if progress is not None:
             progress(path)
     return Quantized(treedef.unflatten(leaves))
@@ -75,7 +79,7 @@ def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None) -> N
 
 
 def _traced(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -87,7 +91,7 @@ def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
     amax: dict[str, jax.Array] = {}
     for path, d in plan.quantized.items():
         amax[path] = _amax(found[path], d.layout)
-        if not isinstance(amax[path], jax.core.Tracer) and not np.all(np.isfinite(np.asarray(amax[path]))):
+        if not isinstance(amax[path], Tracer) and not np.all(np.isfinite(np.asarray(amax[path]))):
             raise UnsupportedError(f"{path}: the weight holds NaN or inf; it can't be quantized to {d.format.name}.")
     groups: dict[str, list[str]] = {}
     for path, d in plan.quantized.items():
@@ -106,9 +110,9 @@ def _amax(w: jax.Array, layout: Any) -> jax.Array:
     axes = layout.axes()
     stack = [next(i for i, atoms in enumerate(axes) if s in atoms) for s in layout.stack]
     if all(axes[i] == [s] for i, s in zip(stack, layout.stack, strict=True)):
-        out = finite_amax(w, tuple(i for i in range(w.ndim) if i not in stack))
-        return out.transpose([sorted(stack).index(i) for i in stack])
-    return finite_amax(layout.to_matrix(w), (-2, -1))
+        out = amax_of(w, tuple(i for i in range(w.ndim) if i not in stack))
+        return out.transpose([sorted(stack).index(i) for i in stack]).astype(jnp.float32)
+    return amax_of(layout.to_matrix(w), (-2, -1)).astype(jnp.float32)
 
 
 def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:

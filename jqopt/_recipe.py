@@ -149,11 +149,7 @@ def _count(value: object) -> int:
 
 def _block(value: object) -> int | tuple[int, int]:
     sizes: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-    if (
-        len(sizes) > 2
-        or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes)
-        or not sizes
-    ):
+    if len(sizes) > 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes) or not sizes:
         raise ValueError(
             f"found {_show(value)}, expected a positive whole number (values along the contracted axis) "
             "or a pair of them [rows, contracted], such as 128 or [128, 128]"
@@ -167,9 +163,7 @@ def _each(check: Callable[[object], str]) -> Callable[[object], tuple[str, ...]]
     def validate(value: object) -> tuple[str, ...]:
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
-            raise ValueError(
-                "found an empty list, expected at least one value; leave the key out to match anything"
-            )
+            raise ValueError("found an empty list, expected at least one value; leave the key out to match anything")
         return tuple(check(v) for v in values)
 
     return validate
@@ -186,14 +180,10 @@ def _glob(value: object) -> str:
     if pattern != pattern.strip():
         raise ValueError(f"found {pattern!r} with a space at an end; paths have none")
     if "[" in rest:
-        raise ValueError(
-            f"found {pattern!r}: '[' is never closed; write '[0-3]' for one of 0 to 3, or '[[]' for '['"
-        )
+        raise ValueError(f"found {pattern!r}: '[' is never closed; write '[0-3]' for one of 0 to 3, or '[[]' for '['")
     if "{" in rest:
         spelled = re.search(r"\{([^}]*)\}", pattern)
-        each = (
-            [pattern.replace(spelled[0], word.strip()) for word in spelled[1].split(",")] if spelled else []
-        )
+        each = [pattern.replace(spelled[0], word.strip()) for word in spelled[1].split(",")] if spelled else []
         raise ValueError(f"found {pattern!r}: braces are not expanded; write a list of patterns: {each}")
     if _REGEX.search(rest):
         raise ValueError(
@@ -271,11 +261,7 @@ def _plain(value: object, at: str) -> Any:
         return {_text(key): _plain(item, f"{at}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{at}[{i}]") for i, item in enumerate(value)]
-    if (
-        value is None
-        or isinstance(value, str | bool | int)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ValueError(
         f"option {at}: found {_show(value)}, expected text, a finite number, true, false, or lists of them"
@@ -299,17 +285,11 @@ def _algorithm(value: object) -> AlgorithmSpec:
         return AlgorithmSpec(_text(value))
     if "name" not in value:
         example = next(iter(value), "awq")
-        raise ValueError(
-            f"found {_show(dict(value))} without 'name'; write {{name: {example}, ...}} or just {example}"
-        )
+        raise ValueError(f"found {_show(dict(value))} without 'name'; write {{name: {example}, ...}} or just {example}")
     if isinstance(value.get("options"), Mapping):
-        raise ValueError(
-            "options stand beside 'name', not under 'options'; write {name: awq, alpha_grid: 20}"
-        )
+        raise ValueError("options stand beside 'name', not under 'options'; write {name: awq, alpha_grid: 20}")
     options = {key: item for key, item in value.items() if key != "name"}
-    return AlgorithmSpec(
-        _text(value["name"]), {_text(key): _plain(item, str(key)) for key, item in options.items()}
-    )
+    return AlgorithmSpec(_text(value["name"]), {_text(key): _plain(item, str(key)) for key, item in options.items()})
 
 
 def _match_input(value: object) -> object:
@@ -317,9 +297,7 @@ def _match_input(value: object) -> object:
         return {"path": value}
     if isinstance(value, Match) or (isinstance(value, Mapping) and value):
         return value
-    raise ValueError(
-        f'found {_show(value)}, expected a pattern over the parameter\'s path; write match: "*" for any'
-    )
+    raise ValueError(f'found {_show(value)}, expected a pattern over the parameter\'s path; write match: "*" for any')
 
 
 def _spec_input(value: object) -> object:
@@ -343,9 +321,7 @@ def _as_input(spec: TensorSpec) -> TensorSpec:
 def _rules_input(value: object) -> object:
     if isinstance(value, Mapping):
         one = "one rule" if "match" in value else "a mapping"
-        raise ValueError(
-            f"found {one}, expected a list of rules; begin each with a dash: '- match: \"*/mlp/*\"'"
-        )
+        raise ValueError(f"found {one}, expected a list of rules; begin each with a dash: '- match: \"*/mlp/*\"'")
     if not isinstance(value, list | tuple):
         raise ValueError(f"found {_show(value)}, expected a list of rules, each beginning with '- match:'")
     return value
@@ -353,14 +329,10 @@ def _rules_input(value: object) -> object:
 
 def _schema_version(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > SCHEMA:
-        raise ValueError(
-            f"this recipe is of schema {value}, and this jqopt reads schema {SCHEMA}; use a newer jqopt"
-        )
+        raise ValueError(f"this recipe is of schema {value}, and this jqopt reads schema {SCHEMA}; use a newer jqopt")
     if value == SCHEMA and type(value) is int:
         return SCHEMA
-    raise ValueError(
-        f"found {_show(value)}, expected the version of the recipe format; write schema: {SCHEMA}"
-    )
+    raise ValueError(f"found {_show(value)}, expected the version of the recipe format; write schema: {SCHEMA}")
 
 
 def _kv_cache(value: object) -> None:
@@ -405,9 +377,7 @@ _FormatName = Annotated[str, PlainValidator(_format_name), _one_of(formats.names
 _Granularity = Annotated[str, PlainValidator(_choice(*GRANULARITIES)), _one_of(GRANULARITIES)]
 _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
 _Block = Annotated[int | tuple[int, int], PlainValidator(_block), WithJsonSchema({"anyOf": [_SIZE, _PAIR]})]
-_Schema = Annotated[
-    int, PlainValidator(_schema_version), WithJsonSchema({"type": "integer", "const": SCHEMA})
-]
+_Schema = Annotated[int, PlainValidator(_schema_version), WithJsonSchema({"type": "integer", "const": SCHEMA})]
 _KvCache = Annotated[str, PlainValidator(_kv_cache), WithJsonSchema({"type": ["string", "object"]})]
 
 
@@ -431,11 +401,7 @@ class _Model(pydantic.BaseModel):
         known = _keys(cls)
         for key in data if isinstance(data, Mapping) else ():
             if key not in known:
-                space = (
-                    f"; put a space after the colon: {str(key).replace(':', ': ', 1)!r}"
-                    if ":" in str(key)
-                    else ""
-                )
+                space = f"; put a space after the colon: {str(key).replace(':', ': ', 1)!r}" if ":" in str(key) else ""
                 text = f"unknown key {key!r}{space or _near(key, known) or '.'} Known: {', '.join(known)}"
                 raise PydanticCustomError("unknown_key", "{text}", {"text": text, "key": key})
         return data
@@ -458,9 +424,7 @@ class TensorSpec(_Model):
     """
 
     format: _FormatName = Field(description="the number format")
-    granularity: _Granularity | None = _key(
-        "what shares a scale: weights channel or tensor, inputs token or tensor"
-    )
+    granularity: _Granularity | None = _key("what shares a scale: weights channel or tensor, inputs token or tensor")
     scaling: _Scaling | None = _key("of inputs: static (calibrated) or dynamic (from the live tensor)")
     block: _Block | None = _key("values that share a scale, along the contracted axis; or [rows, contracted]")
 
@@ -513,17 +477,13 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
         other = "channel" if role == "weight" else "token"
         raise ValueError(f"granularity {misplaced!r} is not for the {role}; write 'granularity: {other}'")
     if spec.block is not None and spec.granularity not in (None, "block"):
-        raise ValueError(
-            f"block: {spec.block} contradicts granularity: {spec.granularity}; leave one of them out"
-        )
+        raise ValueError(f"block: {spec.block} contradicts granularity: {spec.granularity}; leave one of them out")
     if spec.granularity not in (None, "block"):
         formats.get(spec.format).tile_for(1, 1, spec.granularity)  # raises where scales need blocks
     own = spec.element_format().granularity
     granularity = spec.granularity or ("tensor" if role == "input" and own == "channel" else own)
     if granularity == "block" and spec.element_format().block is None:
-        raise ValueError(
-            f"format {spec.format!r} has no block of its own; write its size, such as 'block: 128'"
-        )
+        raise ValueError(f"format {spec.format!r} has no block of its own; write its size, such as 'block: 128'")
     block = spec.element_format().block if granularity == "block" else None
     filled = TensorSpec(format=spec.format, granularity=granularity, scaling=spec.scaling, block=block)
     scaling = _weight_scaling(filled) if role == "weight" else _input_scaling(filled)
@@ -532,9 +492,7 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
 
 def _weight_scaling(spec: TensorSpec) -> str:
     if spec.scaling == "dynamic":
-        raise ValueError(
-            "a weight's scales are computed once, from the weight; leave 'scaling' out of 'weight'"
-        )
+        raise ValueError("a weight's scales are computed once, from the weight; leave 'scaling' out of 'weight'")
     return "static"
 
 
@@ -542,9 +500,7 @@ def _input_scaling(spec: TensorSpec) -> str:
     """When the scale of an input is found; ValueError for formats and combinations an input cannot have."""
     fmt = spec.element_format()
     if fmt.zero_point:
-        raise ValueError(
-            f"{spec.format!r} is asymmetric (it has zero points), for weights only; write int8 or int4"
-        )
+        raise ValueError(f"{spec.format!r} is asymmetric (it has zero points), for weights only; write int8 or int4")
     if fmt.element.kind == "table":
         raise ValueError(f"{spec.format!r} is a table of values, for weights only; write int8, fp8 or nvfp4")
     if fmt.element.kind == "int" and spec.granularity == "block" and fmt.scale.name == "float32":
@@ -560,15 +516,11 @@ def _input_scaling(spec: TensorSpec) -> str:
     live = spec.granularity == "token" or (spec.granularity == "block" and not fmt.global_scale)
     if live and spec.scaling == "static":
         what = "each token" if spec.granularity == "token" else f"each {spec.format} block"
-        raise ValueError(
-            f"the scale of {what} follows the live data, so it cannot be static; write 'scaling: dynamic'"
-        )
+        raise ValueError(f"the scale of {what} follows the live data, so it cannot be static; write 'scaling: dynamic'")
     return spec.scaling or ("dynamic" if live else "static")
 
 
-_SpecInput = Annotated[
-    TensorSpec, BeforeValidator(_spec_input, json_schema_input_type=_FormatName | TensorSpec)
-]
+_SpecInput = Annotated[TensorSpec, BeforeValidator(_spec_input, json_schema_input_type=_FormatName | TensorSpec)]
 
 
 class ShapeMatch(_Model):
@@ -586,22 +538,15 @@ class ShapeMatch(_Model):
             self.rank in (None, len(site.shape))
             and size >= (self.min_size or 0)
             and (self.max_size is None or size <= self.max_size)
-            and (
-                self.divisible_by is None
-                or (site.contracted > 0 and site.contracted % self.divisible_by == 0)
-            )
+            and (self.divisible_by is None or (site.contracted > 0 and site.contracted % self.divisible_by == 0))
         )
 
 
 class Match(_Model):
     """Which sites a rule is for; all given keys must hold, and of a list any entry may."""
 
-    path: _Globs = Field(
-        default=("*",), description="pattern over the parameter's path, such as */mlp/*, or a list"
-    )
-    module: _Globs | None = _key(
-        "pattern over the class name of the module that owns the parameter, or a list"
-    )
+    path: _Globs = Field(default=("*",), description="pattern over the parameter's path, such as */mlp/*, or a list")
+    module: _Globs | None = _key("pattern over the class name of the module that owns the parameter, or a list")
     op: _Ops | None = _key("the operation, or a list")
     used_by: _Ops | None = _key("an operation that uses the parameter here or elsewhere, or a list")
     shape: ShapeMatch | None = _key("what the parameter's shape must be")
@@ -616,10 +561,7 @@ class Match(_Model):
             site.path is not None
             and self.matches_path(site.path)
             and (self.module is None or site.module is not None)
-            and (
-                self.module is None
-                or any(fnmatch.fnmatchcase(site.module or "", glob) for glob in self.module)
-            )
+            and (self.module is None or any(fnmatch.fnmatchcase(site.module or "", glob) for glob in self.module))
             and (self.op is None or site.op in self.op)
             and (self.used_by is None or not site.used_by.isdisjoint(self.used_by))
             and (self.shape is None or self.shape.matches(site))
@@ -628,9 +570,7 @@ class Match(_Model):
     @property
     def is_fallback(self) -> bool:
         """Any path, module, shape and use: only `op` may be narrowed."""
-        return all(set(glob) == {"*"} for glob in self.path) and not (
-            self.module or self.used_by or self.shape
-        )
+        return all(set(glob) == {"*"} for glob in self.path) and not (self.module or self.used_by or self.shape)
 
     def covers(self, other: Match) -> bool:
         """Whether this surely matches whatever `other` matches (seen from the two alone, without a model)."""
@@ -644,9 +584,7 @@ _MatchInput = Annotated[Match, BeforeValidator(_match_input, json_schema_input_t
 class Rule(_Model):
     """What happens to the sites that `match`: kept in high precision, or quantized."""
 
-    match: _MatchInput = Field(
-        description="the sites it is for: a pattern over the parameter's path, or more"
-    )
+    match: _MatchInput = Field(description="the sites it is for: a pattern over the parameter's path, or more")
     keep: _Truth = Field(default=False, description="leave in high precision")
     weight: Annotated[_SpecInput, AfterValidator(_as_weight)] | None = _key("how the weight is quantized")
     input: Annotated[_SpecInput, AfterValidator(_as_input)] | None = _key("how the activation is quantized")
@@ -660,9 +598,7 @@ class Rule(_Model):
     def _says_one_thing(self) -> Rule:
         given = [key for key in ("weight", "input", "algorithm") if getattr(self, key) is not None]
         if self.keep and given:
-            raise ValueError(
-                f"keep: true leaves the site in high precision, yet {given[0]!r} is given; leave one out"
-            )
+            raise ValueError(f"keep: true leaves the site in high precision, yet {given[0]!r} is given; leave one out")
         if not self.keep and self.input is not None and self.weight is None:
             raise ValueError(
                 "'input' without 'weight': an input is quantized for the product with a quantized weight; "
@@ -694,9 +630,7 @@ class Rule(_Model):
         match = self.match.to_dict()
         data = {"match": match["path"] if list(match) == ["path"] else match}
         data |= {"keep": True} if self.keep else {}
-        data |= {
-            role: spec.to_dict() for role in ("weight", "input") if (spec := getattr(self, role)) is not None
-        }
+        data |= {role: spec.to_dict() for role in ("weight", "input") if (spec := getattr(self, role)) is not None}
         data |= {"algorithm": _short_algorithm(self.algorithm)} if self.algorithm else {}
         return data | ({"optional": True} if self.optional else {})
 
@@ -713,9 +647,7 @@ class Recipe(_Model):
     extends: _Names = Field(default=(), description="shipped recipes or files whose rules stand after these")
     rules: _RulesInput = Field(default=(), description="the first that matches a site decides")
     kv_cache: _KvCache | None = _key("not supported yet")
-    algorithm: _Algorithms = Field(
-        default=(MAX,), description="how scales are found: a name, or a list in order"
-    )
+    algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
 
     def rule_for(self, site: SiteLike) -> Rule | None:
         """The first rule that matches the site, which decides; None: no rule is for it."""
@@ -927,15 +859,11 @@ def _refuse_idle(file: _File, rules: tuple[Rule, ...]) -> None:
 def _parsed(file: _File) -> Recipe:
     """The recipe in `file`, not yet resolved."""
     if not isinstance(file.data, Mapping):
-        what = (
-            "nothing" if file.data is None else "a list" if isinstance(file.data, list) else _show(file.data)
-        )
+        what = "nothing" if file.data is None else "a list" if isinstance(file.data, list) else _show(file.data)
         keys = ", ".join(_keys(Recipe))
         raise RecipeError(f"{file.at(())}: found {what}, expected a mapping with the keys {keys}")
     try:
-        return Recipe.model_validate(
-            {"name": Path(file.label).stem, **file.data} if file.identity else file.data
-        )
+        return Recipe.model_validate({"name": Path(file.label).stem, **file.data} if file.identity else file.data)
     except pydantic.ValidationError as error:
         raise _explained(error, file) from error
 
@@ -960,9 +888,7 @@ def _explained(error: pydantic.ValidationError, file: _File) -> RecipeError:
     return RecipeError(faults[0] if len(faults) == 1 else "\n".join([f"{len(faults)} faults:", *faults]))
 
 
-_KEYS_OF = {
-    model.__name__: ", ".join(_keys(model)) for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec)
-}
+_KEYS_OF = {model.__name__: ", ".join(_keys(model)) for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec)}
 
 
 # Where recipes come from.
@@ -1005,9 +931,7 @@ def _open(source: object, folder: Path | None = None) -> _File:
         raise RecipeError(f"found {_show(source)}, expected a recipe's name, a path, a mapping or a Recipe")
     path = (folder or Path()) / os.fspath(source)
     if isinstance(source, str) and not path.is_file() and path.suffix not in (".yaml", ".yml"):
-        raise RecipeError(
-            f"no recipe {source!r}{_near(source, _shipped()) or '.'} Shipped: {', '.join(_shipped())}"
-        )
+        raise RecipeError(f"no recipe {source!r}{_near(source, _shipped()) or '.'} Shipped: {', '.join(_shipped())}")
     return _read(path, str(path), folder=path.parent)
 
 
@@ -1018,13 +942,9 @@ def _read(file: Traversable, label: str, folder: Path) -> _File:
         siblings = sorted(p.name for p in folder.glob("*.y*ml"))
         shipped = label.removesuffix(".yaml") in _shipped()
         hint = (
-            f"; {label.removesuffix('.yaml')!r} is a shipped recipe."
-            if shipped
-            else _near(file.name, siblings, 0.75)
+            f"; {label.removesuffix('.yaml')!r} is a shipped recipe." if shipped else _near(file.name, siblings, 0.75)
         )
-        raise RecipeError(
-            f"no file {label!r}{hint or '.'} Shipped recipes: {', '.join(_shipped())}"
-        ) from error
+        raise RecipeError(f"no file {label!r}{hint or '.'} Shipped recipes: {', '.join(_shipped())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{label}: cannot be read as a text file in UTF-8: {error}") from error
     data, lines = _from_yaml(text, label)
@@ -1119,16 +1039,12 @@ def _value(loader: _Loader, node: yaml.Node, path: Where, lines: dict[Where, int
     )
 
 
-def _mapping(
-    loader: _Loader, node: yaml.MappingNode, path: Where, lines: dict[Where, int], count: list[int]
-) -> Any:
+def _mapping(loader: _Loader, node: yaml.MappingNode, path: Where, lines: dict[Where, int], count: list[int]) -> Any:
     data: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = key_node.value
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
-            raise _marked(
-                key_node, "a key must be a word" + (f", found {key!r}" if isinstance(key, str) else "")
-            )
+            raise _marked(key_node, "a key must be a word" + (f", found {key!r}" if isinstance(key, str) else ""))
         if key in data:
             raise _marked(key_node, f"the key {key!r} stands twice, first in line {lines[(*path, key)]}")
         lines[(*path, key)] = key_node.start_mark.line + 1

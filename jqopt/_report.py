@@ -100,7 +100,8 @@ class Report:
         by_reason: dict[str, list[Left]] = {}
         for left in self.left:
             by_reason.setdefault(left.reason, []).append(left)
-        return [f"{_some(found)}: {reason}" for reason, found in by_reason.items()]
+        counted: set[str | None] = {None}
+        return [f"{_some(found, counted)}: {reason}" for reason, found in by_reason.items()]
 
 
 def _cells(row: Row, measured: bool) -> list[str]:
@@ -115,11 +116,13 @@ def _cells(row: Row, measured: bool) -> list[str]:
     return [*cells, "exact" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f}", f"{row.largest_error:.2g}"]
 
 
-def _some(found: list[Left], most: int = 3) -> str:
-    bytes_of = {left.path: left.bytes for left in found if left.path is not None}
+def _some(found: list[Left], counted: set[str | None], most: int = 3) -> str:
+    """The first few names, and the bytes of those parameters that weren't counted before."""
+    fresh = {left.path: left.bytes for left in found if left.path not in counted}
+    counted |= set(fresh)
     names = [left.name for left in found]
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}" + (f" ({size(sum(bytes_of.values()))})" if bytes_of else "")
+    return f"{', '.join(names[:most])}{more}" + (f" ({size(sum(fresh.values()))})" if fresh else "")
 
 
 def size(count: int) -> str:

@@ -141,9 +141,15 @@ def _dims(site: Site) -> str:
 
 
 class Act(NamedTuple):
-    """A value that depends on the inputs; equal numbers mean the same values up to layout and dtype."""
+    """A value that depends on the inputs; equal numbers mean the same values up to layout and dtype.
+
+    `mixed`: parameters of the value's own shape that went into it elementwise (`where(x > 0, a, b)`, a masked
+    weight, a weight that a loop carries): as the operand of a product it is no activation but a computed weight.
+    """
 
     id: int
+    mixed: frozenset[str] = frozenset()
+    by: str = ""
 
 
 class Derived(NamedTuple):
@@ -207,7 +213,7 @@ class _Walk:
         inner = inner_jaxpr(eqn)
         if inner is not None:
             return self.run(inner, ins, (*address, 0), scope)
-        if name in OPAQUE or any(hasattr(p, "eqns") for p in eqn.params.values()):
+        if name in OPAQUE or any(map(_holds_jaxpr, eqn.params.values())):
             self._opaque(eqn, ins, scope)
         elif name in DOTS and self._site(eqn, ins, address, scope):
             return [self.fresh() for _ in eqn.outvars]
@@ -218,6 +224,8 @@ class _Walk:
         name = eqn.primitive.name
         params = frozenset().union(*map(params_of, ins)) if ins else frozenset()
         acts = [v for v in ins if isinstance(v, Act)]
+        if name in _view.SAME and len(ins) == len(eqn.outvars):
+            return list(ins)
         if params and not acts:
             if name == "concatenate":
                 return [Joined(tuple(ins), eqn.params["dimension"])]
@@ -231,7 +239,15 @@ class _Walk:
             return [CONST for _ in eqn.outvars]
         if len(acts) == 1 and not params and name in TRANSPARENT:
             return [acts[0] for _ in eqn.outvars]
-        return [self.fresh() for _ in eqn.outvars]
+        return [self._mixed(eqn, ins, o.aval) for o in eqn.outvars]
+
+    def _mixed(self, eqn: Any, ins: list, out: Any) -> Act:
+        """A new activation, with the parameters that went into it elementwise."""
+        pairs = zip(ins, eqn.invars, strict=True)
+        same = [v for v, a in pairs if v != CONST and a.aval.shape == out.shape and out.ndim > 1]
+        mixed = frozenset().union(*(params_of(v) | (v.mixed if isinstance(v, Act) else frozenset()) for v in same))
+        by = next((v.by for v in same if isinstance(v, Act) and v.by), eqn.primitive.name)
+        return Act(next(self.ids), mixed, by if mixed else "")
 
     def _opaque(self, eqn: Any, ins: list, scope: str) -> None:
         params = tuple(sorted(frozenset().union(*map(params_of, ins)) if ins else ()))
@@ -258,7 +274,8 @@ class _Walk:
     def _carry(self, body: Any, init: list, offset: int) -> list:
         """Carried values inside a loop: one the body hands on unchanged stays what it was."""
         same = [body.outvars[i] is body.invars[offset + i] for i in range(len(init))]
-        return [v if keep else self.fresh() for v, keep in zip(init, same, strict=True)]
+        moving = [Act(next(self.ids), params_of(v), "a loop that carries it") for v in init]
+        return [v if keep else m for v, m, keep in zip(init, moving, same, strict=True)]
 
     def _layer(self, value: Any, address: Address) -> Any:
         """What the body of the scan at `address` sees of a value that the scan iterates over."""
@@ -281,7 +298,10 @@ class _Walk:
         body, _ = open_jaxpr(p["body_jaxpr"])
         init = ins[n_cond + n_body :]
         carry = self._carry(body, init, n_body)
+        before = len(self.sites)
         self.run(p["cond_jaxpr"], [*ins[:n_cond], *carry], (*address, 0), scope)
+        why = "it stands in the condition of a while loop, which can hand on no statistics"
+        self.sites[before:] = [dataclasses.replace(s, reason=s.reason or why) for s in self.sites[before:]]
         self.run(body, [*ins[n_cond : n_cond + n_body], *carry], (*address, 1), scope)
         return [c if c is v else self.fresh() for c, v in zip(carry, init, strict=True)]
 
@@ -291,9 +311,9 @@ class _Walk:
         return [self._meet(values) for values in zip(*outs, strict=True)]
 
     def _meet(self, values: Sequence) -> Any:
-        if any(isinstance(v, Act) for v in values):
-            return self.fresh()
         params = frozenset().union(*map(params_of, values))
+        if any(isinstance(v, Act) for v in values):
+            return Act(next(self.ids), params, "cond" if params else "")
         return values[0] if all(v == values[0] for v in values) else Derived(params, "cond") if params else CONST
 
     def _shard_map(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
@@ -308,11 +328,7 @@ class _Walk:
         sides = [0] if op == "gather" else [1, 0]
         weight = next((i for i in sides if params_of(ins[i]) and isinstance(ins[1 - i], Act)), None)
         if weight is None:
-            both = op != "gather" and all(isinstance(v, Act) for v in ins[:2])
-            if both:
-                key = f"activations#{next(self.pairs)}"
-                self.sites.append(Site(key, op, address, scope=scope, reason="multiplies two activations"))
-            return both
+            return op != "gather" and self._no_weight(op, ins[:2], address, scope)
         value, other = ins[weight], ins[1 - weight]
         parts, axis = (value.parts, value.axis) if isinstance(value, Joined) else ((value,), None)
         for part, v in enumerate(parts):
@@ -322,6 +338,29 @@ class _Walk:
                 act = other.id if isinstance(other, Act) and op != "gather" else -1
                 self.sites.append(dataclasses.replace(site, part=part, activation=act, input_shape=shape))
         return True
+
+    def _no_weight(self, op: str, ins: list, address: Address, scope: str) -> bool:
+        """Records a product neither of whose operands is a rearranged parameter; False if only parameters meet."""
+        if not any(isinstance(v, Act) for v in ins):
+            params = frozenset().union(*map(params_of, ins))
+            if CONST in ins and params:
+                self._refuse(op, params, address, scope, "it is multiplied by a constant, not by an activation")
+            return False
+        mixed = [v for v in ins if isinstance(v, Act) and v.mixed]
+        if mixed:
+            names = ", ".join(sorted(mixed[0].mixed))
+            why = f"the operand is computed from {names} together with activations by {mixed[0].by}"
+            self._refuse(op, mixed[0].mixed, address, scope, why)
+        else:
+            key = f"activations#{next(self.pairs)}"
+            self.sites.append(Site(key, op, address, scope=scope, reason="multiplies two activations"))
+        return True
+
+    def _refuse(self, op: str, params: frozenset[str], address: Address, scope: str, why: str) -> None:
+        for path in sorted(params):
+            owner, _, _ = path.rpartition("/")
+            module = self.modules.get(owner)
+            self.sites.append(Site(path, op, address, path, module_path=owner, module=module, scope=scope, reason=why))
 
     def _describe(
         self, eqn: Any, op: str, weight: int, value: Any, joined: int | None, address: Address, scope: str
@@ -336,6 +375,8 @@ class _Walk:
             return dataclasses.replace(base, reason=why)
         view: View = value
         base = dataclasses.replace(base, view=view, shape=view.origin, dtype=str(view.dtype))
+        if 0 in view.origin:
+            return dataclasses.replace(base, reason="the parameter is empty")
         if not np.issubdtype(view.dtype, np.floating) and "float" not in str(view.dtype):
             return dataclasses.replace(base, reason=f"the parameter is {view.dtype}, not floating point")
         roles = ROLES[op](eqn, weight, view)
@@ -414,6 +455,13 @@ ROLES: Mapping[str, Callable] = {
 """(stack, rows, cols): which axes of the weight operand are batch, output and contracted; or why not."""
 
 
+def _holds_jaxpr(value: Any) -> bool:
+    """Does an equation's parameter hold a jaxpr, perhaps inside a tuple (as custom_linear_solve's do)?"""
+    if isinstance(value, tuple | list):
+        return any(map(_holds_jaxpr, value))
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
 def walk(jaxpr: Any, leaves: Sequence[Any], modules: Mapping[str, str]) -> tuple[list[Site], list[Opaque]]:
     """The sites of `jaxpr`; `leaves` holds a View for each invar that is a parameter, None for inputs."""
     walker = _Walk(modules)
@@ -447,8 +495,26 @@ def split_static(tree: Any) -> tuple[list, Callable[[list], Any], Any]:
         left = iter(arrays)
         return treedef.unflatten([next(left) if d else s for s, d in zip(still, dynamic, strict=True)])
 
-    key = (treedef, tuple(dynamic), tuple((type(s), s) for s in still))
-    return arrays, rebuild, key
+    return arrays, rebuild, (treedef, tuple(dynamic), tuple(map(_static_key, still)))
+
+
+def _static_key(value: Any) -> tuple:
+    """Tells static values apart: 1, 1.0 and True, 0.0 and -0.0; what can't be hashed by its identity."""
+    try:
+        hash(value)
+    except TypeError:
+        return (type(value), id(value))  # `rebuild` keeps it alive, so that its id stays its own
+    return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
+
+
+def parameter_path(function: Function, key: tuple, leaf: Any) -> str | None:
+    """The path of a leaf that is a parameter; None for other collections, Python numbers and random keys."""
+    dtype = getattr(leaf, "dtype", None)
+    if getattr(leaf, "weak_type", False):  # a Python number that jit has made an array
+        return None
+    if dtype is None or (not isinstance(dtype, str) and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)):
+        return None
+    return function.path_of(key)
 
 
 def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple[Any, Any, list[View | None]]:
@@ -463,7 +529,8 @@ def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     rest = len(closed.in_avals) - len(flat)
     views: list[View | None] = [
-        None if (p := function.path_of(path)) is None else _view.whole(p, leaf.shape, leaf.dtype) for path, leaf in flat
+        None if (p := parameter_path(function, path, leaf)) is None else _view.whole(p, leaf.shape, leaf.dtype)
+        for path, leaf in flat
     ]
     return closed, out, [*views, *([None] * rest)]
 
@@ -494,6 +561,6 @@ def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
     parameters = {
         p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in flat
-        if (p := function.path_of(path)) is not None
+        if (p := parameter_path(function, path, leaf)) is not None
     }
     return Graph(function, tuple(sites), tuple(opaque), parameters)

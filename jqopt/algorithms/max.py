@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jqopt._numerics import Codes, quantize_matrix
+from jqopt._numerics import Codes, amax_of, quantize_matrix
 from jqopt.algorithms._base import Algorithm, Problem
 
 
@@ -18,19 +18,14 @@ class MaxState(NamedTuple):
     seen: jax.Array
 
 
-def finite_amax(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
-    """max |x| in float32, NaN if x holds NaN or inf. (XLA's CPU maximum drops NaN; a sum of x * 0 keeps it.)"""
-    spoiled = jnp.sum((x * jnp.zeros((), x.dtype)).astype(jnp.float32), axis=axis)
-    return jnp.max(jnp.abs(x), axis=axis, initial=0).astype(jnp.float32) + spoiled
-
-
 def init(k: int) -> MaxState:
+    """Nothing seen yet."""
     return MaxState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def update(state: MaxState, x: jax.Array) -> MaxState:
-    """x [tokens, k]. NaN and inf make the state NaN, so that they are reported rather than lost."""
-    amax = finite_amax(x)
+    """x [tokens, k]. NaN and inf survive in the state, so that they are reported rather than lost."""
+    amax = amax_of(x).astype(jnp.float32)
     return MaxState(jnp.maximum(state.amax, amax), jnp.maximum(state.seen, jnp.float32(x.size > 0)))
 
 
@@ -40,6 +35,7 @@ def allreduce(before: MaxState, after: MaxState, axes: tuple[str, ...]) -> MaxSt
 
 
 def solve(w: jax.Array, state: MaxState | None, problem: Problem) -> Codes:
+    """Round to nearest; the scales are the weight's own, or the group's where it shares one."""
     return quantize_matrix(w, problem.format, granularity=problem.granularity, tensor_amax=problem.tensor_amax)
 
 

@@ -121,9 +121,12 @@ def sliced(path: str, tensor: QTensor, decisions: Decisions) -> QTensor:
 
     Raises:
         UnsupportedError: what was sliced off isn't the first axes of the parameter, or not those of the packed data.
+        PlanError: it is packed in another format than the plan says.
     """
     planned = next(d for (p, _), d in decisions.items() if p == path)
     assert planned.layout is not None, path
+    if tensor.format != planned.format:
+        raise PlanError(f"{path}: found {tensor.format.name}, but the plan quantizes it to {planned.format.name}.")
     whole, missing = tensor.layout, len(tensor.layout.stack) - (tensor.data.ndim - 2)
     if not 0 <= missing <= len(whole.stack) or not leads(whole, missing):
         raise UnsupportedError(unsliceable(path, whole))

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jqopt._qtensor import QTensor
 from jqopt._trace import Function
-from jqopt.errors import TraceError, UnsupportedError
+from jqopt.errors import PlanError, TraceError, UnsupportedError
 from jqopt.frontends import _native, path_name
 
 
@@ -79,6 +79,8 @@ LAYERS = (
 )  # fmt: skip
 """Flax's layers that read parameters; attention and the other recurrent cells are made of them."""
 
+_PASS = "pass `qm.variables` of the qm that jqopt.linen.intercept was given."
+
 _active = jax.make_user_context(None)
 """Which interception is active: part of the key of every jit cache, so that no function traced without it is reused."""
 
@@ -98,7 +100,8 @@ def intercept(qm: Any, *, modules: Sequence[type[nn.Module]] = (), simulate: boo
     Raises:
         UnsupportedError: qm isn't a Linen model; or, when the model runs: a packed weight is read by a module that is
             neither Flax's nor in `modules`, or a lifted scan or vmap can't slice it. The message names the parameter.
-        PlanError: the model uses a packed weight in a way that the plan doesn't know.
+        PlanError: the variables aren't those of qm (at the end of the block, if all of them are float); or the model
+            uses a packed weight in a way that the plan doesn't know.
     """
     function = qm.plan.function
     if function is not None and function.kind != "linen":
@@ -109,6 +112,11 @@ def intercept(qm: Any, *, modules: Sequence[type[nn.Module]] = (), simulate: boo
     run = _Interceptor(_native.decisions(qm.plan), (*LAYERS, *modules), simulate)
     with _active(run.key), nn.intercept_methods(run):
         yield
+    if run.plain and not run.packed:
+        raise PlanError(
+            f"{run.plain} ran under jqopt.linen.intercept on float weights only, hence unquantized. Pass qm.variables "
+            "to `model.apply`, and run float models outside of the `with`."
+        )
 
 
 class _Interceptor:
@@ -118,10 +126,26 @@ class _Interceptor:
         self.decisions, self.layers, self.simulate = decisions, layers, simulate
         text = repr(sorted(decisions.items()))
         self.key = (hashlib.sha256(text.encode()).hexdigest(), layers, simulate)
+        self.packed, self.plain = False, ""  # has a model run with packed weights; the last one that ran without
+
+    def _check(self, module: nn.Module, packed: Mapping[str, QTensor]) -> None:
+        """A whole model must have all the packed weights of the plan, or none of them."""
+        self.packed = self.packed or bool(packed)
+        if module.path or module.is_initializing():
+            return
+        if not packed:
+            self.plain = type(module).__name__
+            return
+        missing = next((p for p, _ in self.decisions if p not in packed), None)
+        if missing is not None and any(p in packed for p, _ in self.decisions):
+            raise PlanError(f"{missing}: the plan quantizes it, but it isn't packed in these variables: {_PASS}")
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module, method = context.module, context.method_name
+        if module.scope is None:
+            return call(*args, **kwargs)
         packed = _packed(module)
+        self._check(module, packed)
         if not packed:
             return call(*args, **kwargs)
         if isinstance(module, self.layers):
@@ -146,7 +170,7 @@ class _Interceptor:
         if unknown is not None:
             raise UnsupportedError(
                 f"{unknown}: a packed weight of which the plan knows nothing. Apply the whole model that was "
-                "quantized, not a part of it, and with its own qm."
+                f"quantized, not a part of it; {_PASS}"
             )
         call = functools.partial(_unbound, module, method)
         try:
@@ -164,8 +188,6 @@ class _Interceptor:
 
 def _packed(module: nn.Module) -> dict[str, QTensor]:
     """The quantized parameters of a module and of all below it, by path."""
-    if module.scope is None:
-        return {}
     flat, _ = _flat(module)
     return {p: leaf for p, leaf in flat.items() if isinstance(leaf, QTensor)}
 

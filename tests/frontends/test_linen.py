@@ -397,9 +397,22 @@ def test_order_of_float_and_quantized_calls_makes_no_difference(model, run):
         np.testing.assert_array_equal(got, again)
         np.testing.assert_allclose(got, qm(zoo.X), rtol=1e-5, atol=1e-6)
     assert np.abs(outs[0] - outs[1]).max() > 1e-4
-    float_model = model.apply(variables, zoo.X)
-    with jqopt.linen.intercept(both[0]):
-        np.testing.assert_array_equal(model.apply(variables, zoo.X), float_model)
+
+
+def test_variables_of_another_qm_or_in_float_are_refused():
+    model, variables, x = zoo.build(zoo.MHA)
+    qm, other = quantized(model, variables, x), quantized(model, variables, x, "int4")
+    with pytest.raises(jqopt.PlanError, match=r"MHA ran .* unquantized. Pass qm.variables"):
+        intercepted(model, qm, variables, x)
+    with pytest.raises(jqopt.PlanError, match="kernel: found int4, but the plan quantizes it to int8"):
+        intercepted(model, qm, other.variables, x)
+    attention = qm.variables["params"]["MultiHeadDotProductAttention_0"]
+    some = {**attention, "out": variables["params"]["MultiHeadDotProductAttention_0"]["out"]}
+    with pytest.raises(jqopt.PlanError, match="_0/out/kernel: the plan quantizes it, but it isn't packed"):
+        intercepted(model, qm, {"params": {"MultiHeadDotProductAttention_0": some}}, x)
+    with jqopt.linen.intercept(qm):  # a float model beside it, and making parameters, are fine
+        assert model.apply(qm.variables, x).shape == model.apply(variables, x).shape
+        model.init(jax.random.key(0), x)
 
 
 def test_partitioned_weights():

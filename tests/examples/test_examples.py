@@ -1,0 +1,87 @@
+"""The examples run as scripts in a process of their own, as a reader would run them, and say what they should."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def output_of(script: str, *arguments: str, folder: Path) -> str:
+    """What the script prints, run from another folder, with warnings as errors and strict promotion."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments],
+        env=os.environ | {"PYTHONPATH": path}, cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def relative_error(text: str) -> float:
+    return float(re.search(r"relative error of the outputs: ([\d.]+)%", text)[1])
+
+
+@pytest.mark.parametrize("script", [f.name for f in sorted(EXAMPLES.glob("*.py"))])
+def test_examples_are_short(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) <= 40
+
+
+def test_quickstart_linen(tmp_path):
+    text = output_of("quickstart_linen.py", folder=tmp_path)
+    assert "the same through model.apply: True" in text
+    assert "the same after save and load: True" in text
+    assert "3 of 6 parameters quantized" in text
+    assert 0.1 < relative_error(text) < 5  # three layers of INT8, each with about 1% of noise
+    assert not list(tmp_path.iterdir())
+
+
+def test_quickstart_nnx(tmp_path):
+    text = output_of("quickstart_nnx.py", folder=tmp_path)
+    assert "the same as a module: True" in text
+    assert "int8/token dynamic" in text
+    assert "fp8/tensor dynamic" in text
+    assert 0.1 < relative_error(text) < 8  # E4M3 has 3 bits of mantissa: about 2.6% of noise in weight and input each
+
+
+def test_plain_function(tmp_path):
+    text = output_of("plain_function.py", folder=tmp_path)
+    assert "6x[256, 256]" in text
+    assert "QTensor(nvfp4, float32[6x256x256]" in text
+    assert 1 < relative_error(text) < 30  # six layers of NVFP4, about 10% of noise in weight and input each
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    text = output_of("tinylm/demo.py", "--windows", "8", folder=tmp_path)
+    assert "the same 1,048,576 logits" in text
+    rows = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"(\w+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)%", line):
+            rows[match[1]] = tuple(map(float, match.groups()[1:]))
+    presets = ["int8_per_token", "fp8", "mxfp8", "int4_block_weight_only", "nvfp4_weight_only", "nvfp4"]
+    assert list(rows) == presets
+    bits, size, perplexity, kl, agreement = zip(*rows.values(), strict=True)
+    # 8 + 8/32 for an e8m0 scale in 32 values, 4 + 32/128 for INT4 with a float32 scale, 4 + 8/16 for NVFP4
+    assert bits[2:] == (8.25, 4.25, 4.5, 4.5)
+    assert all(s < 8.39 for s in size)
+    assert kl[0] < kl[1] < kl[4] < kl[5]
+    assert agreement[0] > agreement[5] > 80
+    assert max(perplexity) < 1.1 * min(perplexity)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_demo_refuses_windows_it_does_not_have(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "tinylm/demo.py"), "--windows", "1350"],
+        env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "1349 windows" in done.stderr
