@@ -1,4 +1,4 @@
-"""What jqopt costs, as ratios to the plain float model in one process: calibration, compilation, inference, planning."""
+"""What jqopt costs, as ratios to the float model in one process: calibration, compilation, inference, planning."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def ratio(mine: Callable[[], object], plain: Callable[[], object], rounds: int) 
 
 
 def small_model(scan: bool = False) -> tuple:
+    """(model, variables, 32 batches of 4 x 128 tokens) of a 4-layer Llama of width 256."""
     model = LlamaForCausalLM(SMALL, scan_layers=scan)
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (32, 4, 128)).astype(np.int32)
     return model, model.init(jax.random.key(0), tokens[0]), list(tokens)
@@ -75,16 +76,18 @@ def compilation(recipe: str, scan: bool, rounds: int) -> float:
         fast = cpu_seconds(lambda: jax.jit(lambda v, x: model.apply(v, x)).lower(variables, batches[0]).compile() and 0)
         jax.clear_caches()
         run = jqopt.apply(plan)
-        slow = cpu_seconds(lambda: jax.jit(lambda q, x: run(q, x)).lower(quant, batches[0]).compile() and 0)
+        slow = cpu_seconds(lambda run=run: jax.jit(lambda q, x: run(q, x)).lower(quant, batches[0]).compile() and 0)
         found.append(slow / fast)
     return statistics.median(found)
 
 
 def mlp(w: dict, x: jax.Array) -> jax.Array:
+    """Two products with a ReLU between."""
     return jax.nn.relu(x @ w["up"]) @ w["down"]
 
 
 def mlp_weights(width: int) -> dict:
+    """Square weights that keep the variance."""
     up, down = jax.random.split(jax.random.key(0))
     shape = (width, width)
     return {"up": jax.random.normal(up, shape) / width**0.5, "down": jax.random.normal(down, shape) / width**0.5}
@@ -123,10 +126,11 @@ def planning() -> tuple[float, float]:
     return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """One line for each cost, with its goal where there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 5 if parser.parse_args().quick else 15
+    rounds = 5 if parser.parse_args(argv).quick else 15
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; medians of {rounds} interleaved rounds")
     took, memory = planning()
     print(f"plan of a 32-layer 7B Llama          {took:7.2f} s, process {memory:.2f} GB   (goal < 10 s, < 1 GB)")

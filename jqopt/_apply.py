@@ -75,7 +75,7 @@ def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tu
     leaves = check_params(plan, params)
     shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
     closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
-    rule = Executor(plan, decided_sites(plan, closed, views), simulate, backend)
+    rule = Executor(decided_sites(plan, closed, views), simulate, backend)
     values = [
         QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
         for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
@@ -175,21 +175,29 @@ class Sited:
 class Executor(Sited):
     """The quantizing rule: at a site with a packed weight, run the quantized op."""
 
-    def __init__(self, plan: Plan, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
+    def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
         super().__init__(sites)
         self.simulate, self.backend = simulate, backend
         self.values: dict[tuple, tuple[jax.Array, jax.Array]] = {}
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         found = self.at[address]
-        site = found[0][0]
-        weight = values[site.operand]
-        if isinstance(weight, QConcat):
-            return [self._joined(eqn, values, found, weight)], state
+        weight, out = values[found[0][0].operand], eqn.outvars[0].aval
         if not _jaxpr.is_quantized(weight):
             return _jaxpr.bind(eqn, values), state
+
+        def run(*values: Any) -> jax.Array:
+            return self._site(eqn, values, found, out)
+
+        return [_placed(run, out)(*values)], state
+
+    def _site(self, eqn: Any, values: Sequence[Any], found: list, out: Any) -> jax.Array:
+        site, decision = found[0]
+        weight = values[site.operand]
+        if isinstance(weight, QConcat):
+            return self._joined(eqn, values, found, weight)
         run = OPS[site.op] if isinstance(weight, QView) else DECODED[site.op]
-        return [run(self, eqn, values, site, found[0][1], eqn.outvars[0].aval)], state
+        return run(self, eqn, values, site, decision, out)
 
     def shared(self, x: jax.Array, order: tuple, decision: Decision, rows: jax.Array, tensor: QTensor) -> jax.Array:
         """The quantized values of an activation, computed once for a group: its members have one input scale."""
@@ -218,6 +226,15 @@ class Executor(Sited):
             else:
                 pieces.append(_jaxpr.bind(eqn, operands)[0])
         return jax.lax.concatenate(pieces, axis)
+
+
+def _placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., jax.Array]:
+    """On a mesh with Explicit axes: `run` with the compiler placing what is inside, its result as the model's was."""
+    sharding = getattr(out, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return run
+    return jax.sharding.auto_axes(run, out_sharding=sharding)
 
 
 def _output_axis(eqn: Any, side: int, axis: int) -> int:
@@ -370,7 +387,7 @@ def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -
     keep = [i for i in range(x.ndim) if i not in axes]
     order = [*keep, *axes]
     moved = x.transpose(order)
-    flat = moved.reshape(*moved.shape[: len(keep)], -1)
+    flat = moved.reshape(-1, math.prod(moved.shape[len(keep) :]))
     back = sorted(range(x.ndim), key=order.__getitem__)
     return _ops.quantize_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
 

@@ -104,8 +104,8 @@ def _site(d: Decision, rows: Sequence[int], device: str) -> dict[str, Any]:
 
 def _kernel(weight: Weight, d: Decision, m: int, device: str) -> dict[str, Any]:
     name = _ops.chosen(weight, d.input_format, m, device)
-    refused = {kernel: why for kernel, why in _ops.explain(weight, d.input_format, m, device) if why is not None}
-    return {"rows": m, "kernel": name, "not": refused}
+    others = [pair for pair in _ops.explain(weight, d.input_format, m, device) if pair[0] != name]
+    return {"rows": m, "kernel": name, "not": {kernel: why for kernel, why in others if why is not None}}
 
 
 def graph_facts(graph: Graph) -> dict[str, Any]:
@@ -165,15 +165,15 @@ def _tensors(facts: Mapping[str, Any]) -> str:
 
 def _kernels(facts: Mapping[str, Any]) -> str:
     """Sites that run the same kernels in one row, and below it why the others don't."""
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[str]] = {}
     for site in facts["sites"]:
         runs = site["runs"] or ", ".join(f"{k['kernel']} ({_rows(k['rows'])})" for k in site["kernels"])
-        groups.setdefault((site["op"], site["weight"], site["input"], runs), []).append(site)
+        what = f"({site['op']}, {site['weight']} x {site['input']}): {runs}"
+        groups.setdefault((what, *_refusals(site["kernels"])), []).append(site["site"])
     lines = [f"kernels on {facts['device']}:"]
-    for (op, weight, given, runs), sites in groups.items():
+    for (what, *refusals), sites in groups.items():
         more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-        lines.append(f"  {sites[0]['site']}{more} ({op}, {weight} x {given}): {runs}")
-        lines += [f"    not {text}" for text in _refusals(sites[0]["kernels"])]
+        lines += [f"  {sites[0]}{more} {what}", *(f"    not {text}" for text in refusals)]
     return "\n".join(lines)
 
 

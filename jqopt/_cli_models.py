@@ -21,6 +21,7 @@ import jqopt
 from jqopt import _apply
 from jqopt._calibrate import as_call
 from jqopt._cli_data import Data, read
+from jqopt._cli_print import note
 from jqopt._report import named
 from jqopt._trace import Graph
 from jqopt.errors import CheckpointError, PlanError, TraceError
@@ -32,6 +33,9 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of a Hugging Face folder that a checkpoint keeps, so that it needs the folder no more."""
+
+RANDOM = "random numbers: what the model computes means nothing"
+"""What a checkpoint says it was calibrated with, where that is so."""
 
 TOKENS = (1, 128)
 """The shape of the ids a language model is traced with where nothing else is said."""
@@ -283,7 +287,10 @@ def runnable(text: str, model: str | None = None, **options: Any) -> tuple[Calla
     if not is_checkpoint(text):
         loaded = load(text, **options)
         return loaded.callable(), loaded
-    loaded = model_of(Checkpoint(text), model, **options)
+    checkpoint = Checkpoint(text)
+    loaded, source = model_of(checkpoint, model, **options), source_of(checkpoint)
+    if source is not None and source.calibration == RANDOM:
+        note(f"WARNING: {text} was calibrated with {RANDOM}.")
     qm = jqopt.load(text, loaded.model)
 
     def call(batch: Any) -> Any:

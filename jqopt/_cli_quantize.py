@@ -11,14 +11,11 @@ import jax.numpy as jnp
 import jqopt
 from jqopt._calibrate import as_call
 from jqopt._cli_data import Data, random_batches
-from jqopt._cli_models import Loaded
+from jqopt._cli_models import RANDOM, Loaded
 from jqopt._cli_print import bar, note
 from jqopt._model import QuantizedModel
 from jqopt._plan import Plan
 from jqopt.errors import CalibrationError
-
-RANDOM = "random numbers: what the model computes means nothing"
-
 
 class Feed(NamedTuple):
     """Batches to calibrate with, how many, and what the checkpoint says of them."""

@@ -33,14 +33,16 @@ class Weight(NamedTuple):
 
 
 def quantize_input(x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> jax.Array:
-    """Quantize-dequantize of activations [..., k] along the last axis, float32; straight-through gradient."""
+    """Quantize-dequantize of activations [*stack, m, k], float32; straight-through gradient.
+
+    A dynamic scale of the whole tensor is found for each matrix [m, k].
+    """
     return _qdq(x, scale, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
-    rows = x.reshape(-1, x.shape[-1])
-    return _qdq_rows(spec, rows, scale).reshape(x.shape)
+    return _qdq_rows(spec, x, scale)
 
 
 # jitted so that JAX traces and lowers each of these once for all sites of one shape

@@ -232,7 +232,7 @@ class QTensor:
         return {name: leaf for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
 
     def __repr__(self) -> str:
-        if not all(hasattr(leaf, "dtype") for leaf in (self.data, self.scale)):  # a tree of placeholders
+        if not all(hasattr(leaf, "ndim") for leaf in (self.data, self.scale)):  # a tree of placeholders
             return f"QTensor({self.format.name}, layout={self.layout.shape})"
         shape = "x".join(map(str, self.shape)) or "scalar"
         return f"QTensor({self.format.name}, {self.dtype}[{shape}], {self.granularity}, {self.nbytes} bytes)"

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jqopt import _numerics, _trace, algorithms
+from jqopt import _numerics, _trace, _view, algorithms
 from jqopt._numerics import amax_of
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, algorithm_of, check_stats
+from jqopt._jaxpr import QView, leaf_specs
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.algorithms import Problem
@@ -145,9 +147,9 @@ def solve(
 ) -> QTensor:
     """One parameter, packed. `state`, `tensor_amax` and `input_amax` have its stacked axes first."""
     assert d.layout is not None and d.weight is not None, d.key
-    codes = _solve(
-        w, state, tensor_amax, d.layout, d.format, d.granularity, d.algorithm[-1], d.input_format, len(d.outer)
-    )
+    static = (d.layout, d.format, d.granularity, d.algorithm[-1], d.input_format, len(d.outer))
+    place = _explicit(d, w, functools.partial(_solve, static=static), state, tensor_amax)
+    codes = place(w, state, tensor_amax)
     input_scale = None
     if d.input is not None and d.input.needs_calibration:
         assert input_amax is not None, d.key
@@ -155,8 +157,28 @@ def solve(
     return QTensor(*codes, input_scale, None, d.format, d.granularity, d.layout, np.dtype(w.dtype).name)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
-def _solve(w, state, tensor_amax, layout, format, granularity, spec, input_format, outer):
+def _explicit(d: Decision, w: jax.Array, solve: Callable, state: Any, tensor_amax: Any) -> Callable:
+    """On a mesh with Explicit axes: `solve` with the compiler placing what is inside, its leaves as the weight is."""
+    sharding = getattr(jax.typeof(w), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types or d.layout is None:
+        return solve
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, tensor_amax))
+    packed = QTensor(*jax.eval_shape(solve, jax.ShapeDtypeStruct(w.shape, w.dtype), *plain), None, None, d.format, d.granularity, d.layout, "")
+    view = QView(packed, _view.whole(d.key, w.shape, w.dtype))
+    spec = PartitionSpec(*sharding.spec, *([None] * (w.ndim - len(sharding.spec))))
+    specs = leaf_specs(view, spec, mesh)
+    tensor = packed if specs is None else specs.tensor
+    leaves = (tensor.data, tensor.scale, tensor.global_scale, tensor.zero_point)
+    if specs is None:  # a block would be cut: whole on every device
+        leaves = tuple(None if leaf is None else PartitionSpec() for leaf in leaves)
+    placed = jax.tree.map(lambda s: NamedSharding(mesh, s), _numerics.Codes(*leaves))
+    return jax.sharding.auto_axes(solve, out_sharding=placed)
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _solve(w: jax.Array, state: Any, tensor_amax: jax.Array | None, *, static: tuple) -> _numerics.Codes:
+    layout, format, granularity, spec, input_format, outer = static
     algorithm = algorithms.get(spec.name, **spec.options)
 
     def run(matrix: jax.Array, state: Any, amax: jax.Array | None):

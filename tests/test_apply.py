@@ -238,3 +238,27 @@ def test_a_new_site_at_other_inputs_is_an_error():
     qm = jqopt.quantize_model(model, rules("int8"), params=params, inputs=jnp.ones((2, 8)))
     with pytest.raises(jqopt.PlanError, match="site b .*the plan doesn't know"):
         qm(jnp.ones((2, 8)), deep=True)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int4_block_weight_only"])
+def test_meshes_with_explicit_axes(recipe):
+    """Column and row parallel products with out_sharding: calibrated, quantized and run as placed by the model."""
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+    params = {"a": jax.random.normal(jax.random.key(0), (64, 128)), "b": jax.random.normal(jax.random.key(1), (128, 64))}
+    x = jax.random.normal(jax.random.key(2), (8, 64))
+
+    def plain(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    def placed(p, x):
+        h = jnp.tanh(jnp.matmul(x, p["a"], out_sharding=spec("d", "t")))
+        return jnp.matmul(h, p["b"], out_sharding=spec("d", None))
+
+    want = jqopt.quantize_model(plain, recipe, params=params, batches=[x])(x)
+    with jax.set_mesh(mesh):
+        ps = {"a": jax.device_put(params["a"], named(mesh, spec(None, "t"))), "b": jax.device_put(params["b"], named(mesh, spec("t")))}
+        xs = jax.device_put(x, named(mesh, spec("d", None)))
+        got = jqopt.quantize_model(placed, recipe, params=ps, batches=[xs])(xs)
+        assert got.sharding.spec == spec("d", None)
+        np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=0.02 * float(jnp.abs(want).max()))

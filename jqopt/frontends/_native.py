@@ -28,7 +28,9 @@ def decisions(plan: Plan) -> dict[tuple[str, str], Decision]:
     for d in plan.decisions:
         if d.path is not None and d.weight is not None:
             packed = quantized[d.path]
-            slim = Decision(d.path, d.op, d.path, d.weight, d.input, layout=packed.layout, outer=packed.outer)
+            slim = Decision(
+                d.path, d.op, d.path, d.weight, d.input, group=d.path, layout=packed.layout, outer=packed.outer
+            )
             found.setdefault((d.path, d.op), slim)
     return found
 
@@ -74,7 +76,7 @@ class _Rule(_apply.Executor):
     """The executor of whole models, for sites that were decided without a plan at hand."""
 
     def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool):
-        super().__init__(None, sites, simulate, None)  # type: ignore[arg-type]  # it doesn't look at the plan
+        super().__init__(sites, simulate, None)
 
 
 def _decided(sites: Sequence[Site], decisions: Decisions) -> list[tuple[Site, Decision]]:

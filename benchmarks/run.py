@@ -1,0 +1,21 @@
+"""Every table of README.md and docs/, printed: `python -m benchmarks.run [--quick]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import costs, kernels_cpu
+
+
+def main() -> None:
+    """Costs of the verbs first, then the kernels."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    flags = ["--quick"] if parser.parse_args().quick else []
+    costs.main(flags)
+    print()
+    kernels_cpu.main(flags)
+
+
+if __name__ == "__main__":
+    main()
