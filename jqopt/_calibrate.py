@@ -92,7 +92,7 @@ def calibrate(
     """Runs the float model over the batches and gathers statistics of activations.
 
     Args:
-        params: the tree the plan was made for.
+        params: the tree the plan was made for; of an NNX model, the module.
         batches: an iterable of inputs, each an array, a tuple of positional inputs, or a dict of keyword inputs.
         stats: statistics of earlier batches, to go on from. Any split into batches gives the same result.
         progress: called with each finished batch's number, e.g. to move a progress bar.
@@ -108,6 +108,7 @@ def calibrate(
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_data:
         return stats
+    params = plan.function.tree(params)
     _check(plan, params)
     steps = plan.compiled
     n = 0

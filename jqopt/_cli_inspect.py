@@ -17,7 +17,7 @@ from jqopt._report import Report, size
 from jqopt._table import table
 from jqopt._trace import Graph, Site
 from jqopt.export.checkpoint import Checkpoint
-from jqopt.export.manifest import tensor_from
+from jqopt.export.manifest import Manifest, tensor_from
 
 INSTEAD = {
     "gather": "decodes the rows it looks up",
@@ -45,7 +45,7 @@ def facts(checkpoint: Checkpoint, rows: Sequence[int], device: str | None = None
         "source": manifest.source if source is None else source.model_dump(),
         "recipe": {"fingerprint": plan.recipe.fingerprint, **plan.recipe.to_dict()},
         "inputs": _inputs(checkpoint),
-        "tensors": [_tensor(checkpoint, name) for name in manifest.tensors],
+        "tensors": [_tensor(manifest, name, shape) for name, shape in checkpoint.shapes().items()],
         "bytes": {"before": report.bytes_before, "after": report.bytes_after},
         "bits_per_weight": report.bits_per_weight,
         "device": device,
@@ -67,9 +67,8 @@ def _word(x: Any) -> str:
     return words[0] if len(words) == 1 else f"({', '.join(words)})"
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    manifest = checkpoint.manifest
-    tensor, shape = manifest.tensors[name], checkpoint.shapes()[name]
+def _tensor(manifest: Manifest, name: str, shape: Any) -> dict[str, Any]:
+    tensor = manifest.tensors[name]
     leaves = {field: manifest.leaves[leaf] for field, leaf in manifest.leaves_of(name).items()}
     packing = tensor.packing
     return {

@@ -17,6 +17,7 @@ from jqopt._model import QuantizedModel
 from jqopt._plan import Plan
 from jqopt.errors import CalibrationError
 
+
 class Feed(NamedTuple):
     """Batches to calibrate with, how many, and what the checkpoint says of them."""
 

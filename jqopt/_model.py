@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import jax
+import numpy as np
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jax.core import Tracer
@@ -66,6 +68,8 @@ class QuantizedModel:
     quant: Quantized
     inputs: tuple[tuple, dict] | None = None
     """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
+    floats: Callable[[], Any] | None = dataclasses.field(default=None, init=False, repr=False)
+    """The float tree while somebody else holds it; a quantized model holds packed weights only."""
 
     def __post_init__(self) -> None:
         function, made = self.plan.function, self.plan
@@ -96,7 +100,8 @@ class QuantizedModel:
         """
         if isinstance(params, flax_nnx.Module):
             params = function_of(params, None).params
-        return _report.report(self.plan, self.quant, _report.held(self.plan) if params is None else params)
+        floats = self.floats() if params is None and self.floats is not None else params
+        return _report.report(self.plan, self.quant, floats)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's output.
@@ -160,14 +165,30 @@ def quantize_model(
     lead = () if isinstance(model, flax_nnx.Module) else (params,)
     graph = trace(model, *lead, *args, **keywords)
     made = plan(recipe, graph)
-    tree = graph.function.params
+    tree = graph.function.tree(model if isinstance(model, flax_nnx.Module) else params)
     tell = progress or (lambda verb, what: None)
     data = () if first is None else itertools.chain([first], feed)
     stats = None
     if made.needs_data:
         stats = calibrate(made, tree, data, progress=lambda n: tell("calibrate", n), **kwargs)
     quant = quantize(made, tree, stats, donate=donate, progress=lambda p: tell("quantize", p))
-    return QuantizedModel(model, made, quant, _shapes((args, keywords)))
+    qm = QuantizedModel(model, made, quant, _shapes((args, keywords)))
+    qm.floats = _Weak(tree)
+    return qm
+
+
+class _Weak:
+    """A tree that lives as long as somebody else holds its arrays."""
+
+    def __init__(self, tree: Any):
+        leaves, self.treedef = jax.tree.flatten(tree)
+        self.leaves = [weakref.ref(x) if isinstance(x, jax.Array | np.ndarray) else (lambda x=x: x) for x in leaves]
+
+    def __call__(self) -> Any:
+        """The tree, or None once an array is gone, or was donated."""
+        leaves = [leaf() for leaf in self.leaves]
+        gone = any(x is None or (isinstance(x, jax.Array) and x.is_deleted()) for x in leaves)
+        return None if gone else self.treedef.unflatten(leaves)
 
 
 def _shapes(tree: Any) -> Any:

@@ -33,7 +33,7 @@ def quantize(
     One parameter is worked on at a time, so beside the model and the result at most one float parameter is held.
 
     Args:
-        params: the tree the plan was made for (float).
+        params: the tree the plan was made for (float); of an NNX model, the module.
         stats: from `calibrate`; not needed when every activation is dynamic (`plan.needs_data` is empty).
         donate: delete each float weight once it is packed. The caller's tree can't be used afterwards.
         progress: called with the path of each packed parameter.
@@ -43,6 +43,7 @@ def quantize(
         UnsupportedError: a weight holds NaN or inf; the message names it.
         PlanError: params aren't those of the plan.
     """
+    params = plan.function.tree(params)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
     paths = [_trace.parameter_path(plan.function, key, leaf) for key, leaf in flat]
     leaves = [leaf for _, leaf in flat]

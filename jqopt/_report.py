@@ -159,18 +159,6 @@ def named(function: Function, tree: Any) -> dict[str, Any]:
     return {path: leaf for key, leaf in flat if (path := function.path_of(key)) is not None}
 
 
-def held(plan: Plan) -> Any:
-    """The float tree that the plan's model was traced with, or None if that was shapes, or was donated since."""
-    tree = None if plan.function is None else plan.function.params
-    leaves = jax.tree.leaves(tree)
-    there = all(isinstance(x, jax.Array | np.ndarray) and not _deleted(x) for x in leaves)
-    return tree if leaves and there else None
-
-
-def _deleted(x: Any) -> bool:
-    return isinstance(x, jax.Array) and x.is_deleted()
-
-
 def report_leaves(plan: Plan, leaves: Mapping[str, Any], floats: Mapping[str, Any]) -> Report:
     """`report` for parameters by path. `leaves` may hold shapes; `floats` (read one at a time) may be empty."""
     rows: list[Row] = []

@@ -100,6 +100,7 @@ class Function(NamedTuple):
     watch: Callable[[], AbstractContextManager[Mapping[str, str]]]  # while tracing: module path -> class name
     kind: str  # linen | nnx | function
     name: str
+    tree: Callable[[Any], Any] = lambda params: params  # what a user passes as `params` -> the tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,4 +564,9 @@ def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
         for path, leaf in flat
         if (p := parameter_path(function, path, leaf)) is not None
     }
-    return Graph(function, tuple(sites), tuple(opaque), parameters)
+    shapes = jax.tree.map(_shape, function.params)  # the graph and plans made of it hold no weights
+    return Graph(function._replace(params=shapes), tuple(sites), tuple(opaque), parameters)
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +47,22 @@ def _shapes(texts: list[str]) -> list[str]:
     return texts
 
 
+class DtypeName(enum.StrEnum):
+    """What --dtype takes."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Device(enum.StrEnum):
+    """What --device takes."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    TPU = "tpu"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, callback=_model)]
@@ -57,9 +74,7 @@ Inputs = Annotated[
                  help="Shape of an input, such as 2x128:int32 or x=8x32:float32; once for each input."),
 ]  # fmt: skip
 Scan = Annotated[bool, typer.Option("--scan-layers", help="Hugging Face: run the layers as one scan.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option(help="Hugging Face: of weights and computation.")
-]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Hugging Face: of weights and computation.")]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="Token ids or examples (.npy), keyword inputs (.npz), text (.txt).")
 ]
@@ -146,7 +161,7 @@ def trace(
     seq: Length = 256,
     batch: Batch = 8,
     scan_layers: Scan = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = DtypeName.FLOAT32,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -154,7 +169,7 @@ def trace(
     from jqopt._cli_inspect import graph_facts
     from jqopt._cli_models import load
 
-    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype.value, weights=False)
     graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
     return Shown(graph_facts(graph), str(graph))
 
@@ -169,7 +184,7 @@ def plan(
     seq: Length = 256,
     batch: Batch = 8,
     scan_layers: Scan = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = DtypeName.FLOAT32,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -179,7 +194,7 @@ def plan(
     from jqopt._cli_models import load
 
     rules = jqopt.load_recipe(recipe)
-    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype.value, weights=False)
     graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
     made = jqopt.plan(rules, graph)
     return Shown(_plan.to_dict(made), str(made))
@@ -203,7 +218,7 @@ def quantize(
     vocab: Vocab = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")] = False,
     scan_layers: Scan = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = DtypeName.FLOAT32,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -217,7 +232,7 @@ def quantize(
 
     check_target(out, overwrite)
     rules = jqopt.load_recipe(recipe)
-    loaded = load(model, scan_layers=scan_layers, dtype=dtype, weights=False)
+    loaded = load(model, scan_layers=scan_layers, dtype=dtype.value, weights=False)
     found = loaded.read(data, seq, batch, vocab)
     example = loaded.example(inputs or [], found)
     feed = None if found is None else work.feed_of(found.first(batches), str(data))
@@ -248,7 +263,7 @@ def evaluate(
     batch: Batch = 8,
     batches: Annotated[int | None, typer.Option("--max-batches", min=1, help="Batches to use; default all.")] = None,
     scan_layers: Scan = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = DtypeName.FLOAT32,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -256,10 +271,10 @@ def evaluate(
     from jqopt import _cli_evaluate
     from jqopt._cli_models import runnable
 
-    run, loaded = runnable(target, model, scan_layers=scan_layers, dtype=dtype)
+    run, loaded = runnable(target, model, scan_layers=scan_layers, dtype=dtype.value)
     examples = loaded.read(data, seq, batch)
     assert examples is not None
-    other = None if reference is None else runnable(reference, scan_layers=scan_layers, dtype=dtype)[0]
+    other = None if reference is None else runnable(reference, scan_layers=scan_layers, dtype=dtype.value)[0]
     return _cli_evaluate.evaluate(run, other, examples.first(batches))
 
 
@@ -270,7 +285,7 @@ def inspect(
     rows: Annotated[
         list[int] | None, typer.Option("--rows", min=1, help="Rows of the activation to choose kernels for.")
     ] = None,
-    device: Annotated[Literal["cpu", "gpu", "tpu"] | None, typer.Option(help="Choose kernels for it.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Choose kernels for it.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -278,7 +293,7 @@ def inspect(
     from jqopt import _cli_inspect
     from jqopt.export.checkpoint import Checkpoint as Opened
 
-    facts = _cli_inspect.facts(Opened(checkpoint), rows or [1, 512], device)
+    facts = _cli_inspect.facts(Opened(checkpoint), rows or [1, 512], None if device is None else device.value)
     return Shown(facts, _cli_inspect.text(facts))
 
 
@@ -288,7 +303,7 @@ def report(
     checkpoint: Checkpoint,
     model: OtherModel = None,
     scan_layers: Scan = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype = DtypeName.FLOAT32,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -298,7 +313,7 @@ def report(
     from jqopt.export.checkpoint import Checkpoint as Opened
 
     opened = Opened(checkpoint)
-    floats = None if model is None else floats_of(opened, model, scan_layers=scan_layers, dtype=dtype)
+    floats = None if model is None else floats_of(opened, model, scan_layers=scan_layers, dtype=dtype.value)
     found = _cli_inspect.stored_report(opened, floats)
     return Shown(found.to_dict(), str(found))
 

@@ -241,6 +241,13 @@ def test_quantize_other_kinds(here, name):
     assert "xla" in run("inspect", "q").stdout
 
 
+def test_nnx_to_the_end(here):
+    run("quantize", "toys:nnx_module", "--recipe", "int8", "--data", "x.npy", "--out", "q")
+    found = facts("eval", "q", "--model", "toys:nnx_module", "--reference", "toys:nnx_module", "--data", "x.npy")
+    assert 0 < found["relative_error"] < 0.05
+    assert facts("report", "q", "--model", "toys:nnx_module")["rows"][0]["sqnr_db"] > 30
+
+
 def test_options_go_with_every_batch(here):
     """`train` is False in the function's inputs: data files hold arrays only."""
     np.savez("x.npz", x=np.load("x.npy").astype(np.float32))

@@ -38,7 +38,12 @@ def function_of(model: nnx.Module, params: Any = None) -> Function:
     classes = {"/".join(map(str, p)): type(m).__name__ for p, m in nnx.iter_modules(model)}
     tree = {"params": weights, "state": rest}
     watch = functools.partial(contextlib.nullcontext, classes)
-    return Function(Call(graphdef), tree, path_of, watch, "nnx", type(model).__name__)
+    return Function(Call(graphdef), tree, path_of, watch, "nnx", type(model).__name__, tree_of)
+
+
+def tree_of(params: Any) -> Any:
+    """The tree of a module given in its place."""
+    return function_of(params).params if isinstance(params, nnx.Module) else params
 
 
 @dataclasses.dataclass(frozen=True)
