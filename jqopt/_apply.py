@@ -379,7 +379,7 @@ def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -
     spec = decision.input_format
     if spec is None:
         return x
-    scale = None
+    scale: Any = None
     if spec.static:
         scale = weight.tensor.input_scale if isinstance(weight, QView) else weight.input_scale
         for atom in weight.view.fixed if isinstance(weight, QView) and scale.ndim else ():

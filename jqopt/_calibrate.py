@@ -104,6 +104,7 @@ def calibrate(
     """
     # a copy: each step takes over the buffers of the last, and the caller's own must stay as they are
     stats = initial(plan) if stats is None else jax.tree.map(jnp.copy, stats)
+    assert stats is not None
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_data:

@@ -29,8 +29,8 @@ def evaluate(candidate: Model, reference: Model | None, data: Data) -> Shown:
         return _language(candidate, reference, windows, data.batch)
     if reference is None:
         raise UnsupportedError(
-            "the model isn't a language model on token ids (ids [batch, tokens] to logits [batch, tokens, vocabulary]): "
-            "it has no perplexity; give --reference MODEL to compare its outputs with another model's"
+            "no perplexity: this isn't a language model on token ids (ids [batch, tokens] to logits [batch, tokens, "
+            "vocabulary]); give --reference MODEL to compare its outputs with another model's"
         )
     with bar("evaluate", len(data)) as step:
         found = _evaluate.difference(reference, candidate, data, step)

@@ -187,7 +187,7 @@ def explain(
 
 
 def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> str:
-    """The kernel that `matmul` runs such a product with: where none multiplies codes, the activation is decoded first."""
+    """The kernel that `matmul` runs such a product with; where none multiplies codes, the activation is decoded."""
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
     device = device or jax.default_backend()
     if spec is not None:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jqopt import _numerics, _trace, _view, algorithms
-from jqopt._numerics import amax_of
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, algorithm_of, check_stats
 from jqopt._jaxpr import QView, leaf_specs
+from jqopt._numerics import amax_of
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.algorithms import Problem
@@ -155,25 +155,30 @@ def solve(
     if d.input is not None and d.input.needs_calibration:
         assert input_amax is not None, d.key
         input_scale = _numerics.scale_from_amax(input_amax, d.input.element_format())
-    return QTensor(*codes, input_scale, None, d.format, d.granularity, d.layout, np.dtype(w.dtype).name)
+    data, scale, global_scale, zero_point = codes
+    dtype = np.dtype(w.dtype).name
+    return QTensor(data, scale, global_scale, zero_point, input_scale, None, d.format, d.granularity, d.layout, dtype)
 
 
 def _explicit(d: Decision, w: jax.Array, solve: Callable, state: Any, tensor_amax: Any) -> Callable:
     """On a mesh with Explicit axes: `solve` with the compiler placing what is inside, its leaves as the weight is."""
-    sharding = getattr(jax.typeof(w), "sharding", None)
+    sharding: Any = getattr(jax.typeof(w), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types or d.layout is None:
         return solve
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, tensor_amax))
-    packed = QTensor(*jax.eval_shape(solve, jax.ShapeDtypeStruct(w.shape, w.dtype), *plain), None, None, d.format, d.granularity, d.layout, "")
-    view = QView(packed, _view.whole(d.key, w.shape, w.dtype))
+    shapes = jax.eval_shape(solve, jax.ShapeDtypeStruct(w.shape, w.dtype), *plain)
+    data, scale, global_scale, zero_point = shapes
+    packed = QTensor(data, scale, global_scale, zero_point, None, None, d.format, d.granularity, d.layout, "")
     spec = PartitionSpec(*sharding.spec, *([None] * (w.ndim - len(sharding.spec))))
-    specs = leaf_specs(view, spec, mesh)
-    tensor = packed if specs is None else specs.tensor
-    leaves = (tensor.data, tensor.scale, tensor.global_scale, tensor.zero_point)
-    if specs is None:  # a block would be cut: whole on every device
-        leaves = tuple(None if leaf is None else PartitionSpec() for leaf in leaves)
-    placed = jax.tree.map(lambda s: NamedSharding(mesh, s), _numerics.Codes(*leaves))
+    found = leaf_specs(QView(packed, _view.whole(d.key, w.shape, w.dtype)), spec, mesh)
+
+    def place(name: str) -> NamedSharding | None:  # where a block would be cut: whole on every device
+        if getattr(packed, name) is None:
+            return None
+        return NamedSharding(mesh, PartitionSpec() if found is None else getattr(found.tensor, name))
+
+    placed = _numerics.Codes(*map(place, _numerics.Codes._fields))  # pyright: ignore[reportArgumentType]
     return jax.sharding.auto_axes(solve, out_sharding=placed)
 
 

@@ -1,4 +1,4 @@
-"""Tracing: finds every site of a model (dot, convolution, ragged dot, embedding gather) in its jaxpr, from shapes only."""
+"""Tracing: finds every site of a model (dot, convolution, ragged dot, lookup) in its jaxpr, from shapes only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
@@ -513,7 +514,7 @@ def parameter_path(function: Function, key: tuple, leaf: Any) -> str | None:
     dtype = getattr(leaf, "dtype", None)
     if getattr(leaf, "weak_type", False):  # a Python number that jit has made an array
         return None
-    if dtype is None or (not isinstance(dtype, str) and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)):
+    if dtype is None or (not isinstance(dtype, str) and jnp.issubdtype(dtype, jax.dtypes.extended)):
         return None
     return function.path_of(key)
 

@@ -27,6 +27,11 @@ FORMATS = {  # rules, and how far one layer of unit-variance data may be from fl
 }
 
 
+def two_weights() -> dict:
+    a, b = jax.random.split(jax.random.key(0))
+    return {"a": jax.random.normal(a, (64, 128)), "b": jax.random.normal(b, (128, 64))}
+
+
 def relative(got, want) -> float:
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
@@ -52,10 +57,12 @@ def test_zoo(cls):
 
 
 ALL_FORMATS = [
-    ("int8", "int8"), ("int8", {"format": "int8", "granularity": "token"}), ({"format": "int8", "granularity": "tensor"}, None),
-    ("int4", None), ({"format": "int4", "block": 32}, "int8"), ("uint4", None), ("fp8", "fp8"), ("fp8_e5m2", "fp8_e5m2"),
+    ("int8", "int8"), ("int8", {"format": "int8", "granularity": "token"}),
+    ({"format": "int8", "granularity": "tensor"}, None), ({"format": "int4", "block": 32}, "int8"),
+    ("int4", None), ("uint4", None), ("fp8", "fp8"), ("fp8_e5m2", "fp8_e5m2"),
     ({"format": "fp8", "granularity": "channel"}, {"format": "fp8", "granularity": "token"}),
-    ("fp8_block", {"format": "fp8", "block": 128}), ("nvfp4", "nvfp4"), ("nvfp4", {"format": "nvfp4", "scaling": "dynamic"}),
+    ("fp8_block", {"format": "fp8", "block": 128}),
+    ("nvfp4", "nvfp4"), ("nvfp4", {"format": "nvfp4", "scaling": "dynamic"}),
     ("nvfp4", "fp8"), ("mxfp8", "mxfp8"), ("mxfp6", "mxfp6"), ("mxfp6_e2m3", "mxfp6_e2m3"), ("mxfp4", "mxfp4"),
     ("mxfp4", {"format": "fp8", "scaling": "dynamic"}), ("mxint8", "mxint8"), ("nf4", None),
 ]  # fmt: skip
@@ -245,7 +252,7 @@ def test_meshes_with_explicit_axes(recipe):
     """Column and row parallel products with out_sharding: calibrated, quantized and run as placed by the model."""
     mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
-    params = {"a": jax.random.normal(jax.random.key(0), (64, 128)), "b": jax.random.normal(jax.random.key(1), (128, 64))}
+    params = two_weights()
     x = jax.random.normal(jax.random.key(2), (8, 64))
 
     def plain(p, x):
@@ -257,7 +264,8 @@ def test_meshes_with_explicit_axes(recipe):
 
     want = jqopt.quantize_model(plain, recipe, params=params, batches=[x])(x)
     with jax.set_mesh(mesh):
-        ps = {"a": jax.device_put(params["a"], named(mesh, spec(None, "t"))), "b": jax.device_put(params["b"], named(mesh, spec("t")))}
+        specs = {"a": spec(None, "t"), "b": spec("t")}
+        ps = {name: jax.device_put(params[name], named(mesh, s)) for name, s in specs.items()}
         xs = jax.device_put(x, named(mesh, spec("d", None)))
         got = jqopt.quantize_model(placed, recipe, params=ps, batches=[xs])(xs)
         assert got.sharding.spec == spec("d", None)

@@ -63,9 +63,7 @@ LATER = {"export", "train", "auto_quantize"}
 PRODUCT = sorted(PACKAGE.rglob("*.py"))
 KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
 EVERY_FILE = sorted(
-    path
-    for folder in ("jqopt", "kernels", "tests", "examples", "benchmarks")
-    for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("jqopt", "kernels", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -149,9 +147,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_every_module_has_a_floor(path):
-    assert room(path) in FLOOR, (
-        f"{name_of(path)} has no floor: add {room(path)!r} to FLOORS, as low as it can stand"
-    )
+    assert room(path) in FLOOR, f"{name_of(path)} has no floor: add {room(path)!r} to FLOORS, as low as it can stand"
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
@@ -166,9 +162,7 @@ def test_imports_run_down(path):
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name_of)
 def test_kernels_know_nothing_of_jqopt(path):
-    assert not within(imports(path), "jqopt"), (
-        f"{name_of(path)} imports jqopt; kernels/ stands below all of it"
-    )
+    assert not within(imports(path), "jqopt"), f"{name_of(path)} imports jqopt; kernels/ stands below all of it"
 
 
 # ---- doors
@@ -205,9 +199,7 @@ def test_no_global_switch(path):
 @pytest.mark.parametrize("path", EVERY_FILE, ids=name_of)
 def test_every_file_says_what_it_is(path):
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert text.strip(), (
-        f"{name_of(path)} has no docstring; its first line says the one thing the file is for"
-    )
+    assert text.strip(), f"{name_of(path)} has no docstring; its first line says the one thing the file is for"
 
 
 # ---- the face

@@ -1,4 +1,4 @@
-"""Calibration: one pass, any split of the data, stacked layers apart, unreached sites named; quantizing one at a time."""
+"""Calibration: one pass, any split of the data, stacked layers apart, unreached sites named; and quantizing."""
 
 from __future__ import annotations
 

@@ -54,18 +54,50 @@ WRONG_RECIPES = {
     "3 unknown format": ("  - {match: '*', weight: int9}", RecipeError, ["mine.yaml:4", "int9", "int8"]),
     "4 a float dtype": ("  - {match: '*', weight: bfloat16}", RecipeError, ["mine.yaml:4", "bfloat16", "keep"]),
     "5 misspelt key": ("  - {match: '*', weights: int8}", RecipeError, ["mine.yaml:4", "weights", "'weight'"]),
-    "6 matches nothing": (f"  - {{match: 'mlp/*', {INT8}}}", PlanError, ["mine.yaml:4", "matches no site", "up/kernel"]),
+    "6 matches nothing": (
+        f"  - {{match: 'mlp/*', {INT8}}}",
+        PlanError,
+        ["mine.yaml:4", "matches no site", "up/kernel"],
+    ),
     "7 a prefix": (f"  - {{match: 'do', {INT8}}}", PlanError, ["mine.yaml:4", "matches no site", "down/kernel"]),
     "11 input only": ("  - {match: '*', input: int8}", RecipeError, ["mine.yaml:4", "weight"]),
-    "12 scaling of nothing": ("  - {match: '*', weight: int8, scaling: static}", RecipeError, ["mine.yaml:4", "scaling"]),
-    "13 unknown algorithm": ("  - {match: '*', weight: int8, algorithm: maxx}", PlanError, ["mine.yaml:4", "maxx", "'max'"]),
-    "14 asymmetric fp8": ("  - {match: '*', weight: {format: fp8, symmetric: false}}", RecipeError, ["mine.yaml:4", "symmetric"]),
-    "15 misspelt op": ("  - {match: {path: '*', op: [dotgeneral]}, weight: int8}", RecipeError, ["mine.yaml:4", "dotgeneral", "dot_general"]),
-    "16 op of another name": ("  - {match: {path: '*', op: dot_general_x}, weight: int8}", RecipeError, ["mine.yaml:4", "dot_general"]),
+    "12 scaling of nothing": (
+        "  - {match: '*', weight: int8, scaling: static}",
+        RecipeError,
+        ["mine.yaml:4", "scaling"],
+    ),
+    "13 unknown algorithm": (
+        "  - {match: '*', weight: int8, algorithm: maxx}",
+        PlanError,
+        ["mine.yaml:4", "maxx", "'max'"],
+    ),
+    "14 asymmetric fp8": (
+        "  - {match: '*', weight: {format: fp8, symmetric: false}}",
+        RecipeError,
+        ["mine.yaml:4", "symmetric"],
+    ),
+    "15 misspelt op": (
+        "  - {match: {path: '*', op: [dotgeneral]}, weight: int8}",
+        RecipeError,
+        ["mine.yaml:4", "dotgeneral", "dot_general"],
+    ),
+    "16 op of another name": (
+        "  - {match: {path: '*', op: dot_general_x}, weight: int8}",
+        RecipeError,
+        ["mine.yaml:4", "dot_general"],
+    ),
     "24 one rule, no list": ("  match: '*'\n  weight: int8", RecipeError, ["mine.yaml", "rules", "list"]),
-    "35 block 0.3": ("  - {match: '*', weight: {format: int4, block: 0.3}}", RecipeError, ["mine.yaml:4", "0.3", "block"]),
-    "36 negative block": ("  - {match: '*', weight: {format: int4, block: -16}}", RecipeError, ["mine.yaml:4", "-16", "block"]),
-}  # fmt: skip
+    "35 block 0.3": (
+        "  - {match: '*', weight: {format: int4, block: 0.3}}",
+        RecipeError,
+        ["mine.yaml:4", "0.3", "block"],
+    ),
+    "36 negative block": (
+        "  - {match: '*', weight: {format: int4, block: -16}}",
+        RecipeError,
+        ["mine.yaml:4", "-16", "block"],
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", WRONG_RECIPES)

@@ -49,9 +49,7 @@ def expected_files() -> set[str]:
 def built(tmp_path_factory) -> pathlib.Path:
     """A folder with the sdist, and the wheel that was built from that sdist."""
     work = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(
-        ".venv", ".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
-    )
+    ignored = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, work / "source", ignore=ignored)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist", cwd=work / "source")
     return work / "dist"
@@ -112,10 +110,7 @@ def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
-        str(path.relative_to(ROOT))
-        for source in HOMES
-        for path in (ROOT / source).rglob("*")
-        if path.suffix in SHIPPED
+        str(path.relative_to(ROOT)) for source in HOMES for path in (ROOT / source).rglob("*") if path.suffix in SHIPPED
     }
     assert sources | {"pyproject.toml", "README.md", "LICENSE"} <= names
 

@@ -195,8 +195,8 @@ def test_shard_map_sites():
 
 
 def test_missing_or_wrong_parameters_are_trace_errors():
-    with pytest.raises(jqopt.TraceError, match="whole variables dict.*found \\['Dense_0'\\]"):
-        model, variables, x = zoo.build(zoo.Dense)
+    model, variables, x = zoo.build(zoo.Dense)
+    with pytest.raises(jqopt.TraceError, match=r"whole variables dict.*found \['Dense_0'\]"):
         jqopt.trace(model, variables["params"], x)
     with pytest.raises(jqopt.TraceError, match="needs its parameter tree"):
         jqopt.trace(lambda p, x: x)

@@ -106,7 +106,9 @@ def check_target(directory: PathLike, overwrite: bool) -> None:
     if not (target / METADATA).is_file():
         raise CheckpointError(f"{target} is there already and is no checkpoint: it stays. Write to another folder.")
     if not overwrite:
-        raise CheckpointError(f"{target} holds a checkpoint already; write overwrite=True (jqopt quantize: --overwrite) to replace it.")
+        raise CheckpointError(
+            f"{target} holds a checkpoint already; write overwrite=True (jqopt quantize: --overwrite) to replace it."
+        )
 
 
 def _write(
