@@ -228,13 +228,14 @@ class Executor(Sited):
         return jax.lax.concatenate(pieces, axis)
 
 
-def _placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., jax.Array]:
+def _placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., Any]:
     """On a mesh with Explicit axes: `run` with the compiler placing what is inside, its result as the model's was."""
     sharding = getattr(out, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return run
-    return jax.sharding.auto_axes(run, out_sharding=sharding)
+    placed: Any = jax.sharding.auto_axes(run, out_sharding=sharding)
+    return placed
 
 
 def _output_axis(eqn: Any, side: int, axis: int) -> int:
@@ -410,9 +411,7 @@ def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     """A table lookup that decodes only the rows it picks."""
     table, indices = values
     numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    match = _match(
-        table, (), tuple(range(1, len(table.shape) if isinstance(table, jax.Array) else len(table.view.shape)))
-    )
+    match = _match(table, (), tuple(range(1, len(table.view.shape))))
     trailing = tuple(range(out.ndim - len(numbers.offset_dims), out.ndim))
     if match is None or match.cols != match.contract or match.rows != match.free or numbers.offset_dims != trailing:
         return _jaxpr.bind(eqn, values)[0]

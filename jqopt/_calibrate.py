@@ -103,12 +103,11 @@ def calibrate(
         PlanError: params aren't those of the plan.
     """
     # a copy: each step takes over the buffers of the last, and the caller's own must stay as they are
-    stats = initial(plan) if stats is None else jax.tree.map(jnp.copy, stats)
-    assert stats is not None
+    state: Stats = initial(plan) if stats is None else jax.tree.map(jnp.copy, stats)
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_data:
-        return stats
+        return state
     params = plan.function.tree(params)
     _check(plan, params)
     steps = plan.compiled
@@ -118,7 +117,7 @@ def calibrate(
         key = ("calibrate", key)
         if key not in steps:
             steps[key] = jax.jit(functools.partial(_step, plan, rebuild), donate_argnums=(0,))
-        stats = steps[key](stats, params, arrays)
+        state = steps[key](state, params, arrays)
         if progress is not None:
             progress(n)
     if n == 0:
@@ -126,9 +125,9 @@ def calibrate(
             "calibrate got no batches: the iterable is empty (a generator that was already used up?). "
             f"Sites that wait for data: {', '.join(list(plan.needs_data)[:6])}"
         )
-    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(stats)):
-        check_stats(plan, stats)
-    return stats
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
+        check_stats(plan, state)
+    return state
 
 
 def as_call(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:

@@ -15,6 +15,7 @@ from jqopt._cli_models import RANDOM, Loaded
 from jqopt._cli_print import bar, note
 from jqopt._model import QuantizedModel
 from jqopt._plan import Plan
+from jqopt._report import Report
 from jqopt.errors import CalibrationError
 
 
@@ -37,8 +38,18 @@ def random_feed(loaded: Loaded, example: Any, vocabulary: int | None, shape: tup
     return Feed(random_batches(like, vocabulary or loaded.vocabulary, count), count, RANDOM)
 
 
-def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> tuple[QuantizedModel, str]:
-    """(the quantized model, what it was calibrated with). The weights of a Hugging Face folder are read at the end.
+class Done(NamedTuple):
+    """A quantized model, its report, and what it was calibrated with."""
+
+    model: QuantizedModel
+    report: Report
+    calibration: str
+
+
+def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> Done:
+    """Plans on shapes; only then the weights of a Hugging Face folder are read, and freed as they are packed.
+
+    The report has the errors of weights for other models only: `jqopt report` gives them.
 
     Raises:
         CalibrationError: the recipe needs data and there are none.
@@ -53,11 +64,11 @@ def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> tu
             stats = jqopt.calibrate(plan, tree, feed.batches, progress=step, **loaded.options)
     done: list[str] = []
     with bar("quantize", len(plan.quantized)) as step:
-        # What was read from a folder belongs to nobody else, so its memory is freed as it is packed.
-        donate = loaded.folder is not None
+        donate = loaded.folder is not None  # what was read from a folder belongs to nobody else
         quant = jqopt.quantize(plan, tree, stats, donate=donate, progress=lambda p: step(done.append(p) or len(done)))
     inputs = jax.tree.map(_shape, as_call(example, loaded.options))
-    return QuantizedModel(loaded.model, plan, quant, inputs), "" if feed is None else feed.origin
+    qm = QuantizedModel(loaded.model, plan, quant, inputs)
+    return Done(qm, qm.report(None if donate else tree), "" if feed is None else feed.origin)
 
 
 def _shape(x: Any) -> Any:

@@ -15,7 +15,7 @@ from jqopt._apply import Quantized, check_paths
 from jqopt._plan import Plan, describe
 from jqopt._qtensor import QTensor
 from jqopt._table import table
-from jqopt._trace import Function
+from jqopt._trace import Function, parameter_path
 
 UNREAD = "no dot, convolution or lookup reads it"
 
@@ -156,7 +156,7 @@ def report(plan: Plan, quant: Quantized, params: Any = None) -> Report:
 def named(function: Function, tree: Any) -> dict[str, Any]:
     """The parameters of a model's tree by their paths; a QTensor is a leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QTensor))
-    return {path: leaf for key, leaf in flat if (path := function.path_of(key)) is not None}
+    return {path: leaf for key, leaf in flat if (path := parameter_path(function, key, leaf)) is not None}
 
 
 def report_leaves(plan: Plan, leaves: Mapping[str, Any], floats: Mapping[str, Any]) -> Report:

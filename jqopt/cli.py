@@ -239,11 +239,10 @@ def quantize(
     if random:
         note(LOUD)
         feed = work.random_feed(loaded, example, vocab, (batch, seq), batches)
-    qm, calibration = work.quantize(loaded, rules, example, feed)
-    save(out, qm, overwrite=overwrite, source=remembered(loaded, calibration), files=kept_files(loaded))
-    report = qm.report()
-    facts = {"out": str(out), "model": model, "calibration": calibration, "report": report.to_dict()}
-    return Shown(facts, f"{report.summary}\nsaved to {out}")
+    done = work.quantize(loaded, rules, example, feed)
+    save(out, done.model, overwrite=overwrite, source=remembered(loaded, done.calibration), files=kept_files(loaded))
+    facts = {"out": str(out), "model": model, "calibration": done.calibration, "report": done.report.to_dict()}
+    return Shown(facts, f"{done.report.summary}\nsaved to {out}")
 
 
 # -------------------------------------------------------------------------------------- eval, inspect, report

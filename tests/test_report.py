@@ -141,6 +141,12 @@ def test_of_a_loaded_model(tmp_path):
     assert again.report(params).to_dict() == qm.report().to_dict()
 
 
+def test_numbers_in_the_tree_are_no_parameters():
+    params = {"w": jnp.ones((32, 8)), "scale": 2.0}
+    qm = jqopt.quantize_model(lambda p, x: x @ p["w"] * p["scale"], "int8_weight_only", params=params, inputs=X)
+    assert qm.report(params).parameters == 1
+
+
 def test_other_parameters_are_refused():
     qm, params = quantized()
     with pytest.raises(jqopt.PlanError, match="found shape"):
