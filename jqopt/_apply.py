@@ -178,7 +178,7 @@ class Executor(Sited):
     def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
         super().__init__(sites)
         self.simulate, self.backend = simulate, backend
-        self.values: dict[tuple, tuple[jax.Array, jax.Array]] = {}
+        self.values: dict[tuple, tuple[jax.Array, _ops.Activation]] = {}
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         found = self.at[address]
@@ -199,14 +199,21 @@ class Executor(Sited):
         run = OPS[site.op] if isinstance(weight, QView) else DECODED[site.op]
         return run(self, eqn, values, site, decision, out)
 
-    def shared(self, x: jax.Array, order: tuple, decision: Decision, rows: jax.Array, tensor: QTensor) -> jax.Array:
-        """The quantized values of an activation, computed once for a group: its members have one input scale."""
-        spec = decision.input_format
-        assert spec is not None, decision.key
-        key = (id(x), order, spec, decision.group)
+    def activation(
+        self, x: jax.Array, order: tuple, rows: jax.Array, decision: Decision, tensor: QTensor
+    ) -> _ops.Activation:
+        """The activation `rows` [*stack, m, k] of x as the site's product takes it.
+
+        It is computed once for a group: its members read one activation and have one input scale.
+        """
+        spec, scale = decision.input_format, tensor.pre_scale
+        codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend)
+        static = tensor.input_scale if spec is not None and spec.static else None
+        if scale is not None:
+            return _ops.activation(rows * scale[..., None, :].astype(rows.dtype), spec, static, codes)
+        key = (id(x), order, spec, decision.group, codes)
         if key not in self.values:
-            values = _ops.quantize_input(rows, spec, tensor.input_scale if spec.static else None)
-            self.values[key] = (x, values)  # x is kept, so that its id stays its own
+            self.values[key] = (x, _ops.activation(rows, spec, static, codes))  # x is kept: its id stays its own
         return self.values[key][1]
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
@@ -265,12 +272,10 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     order = [match.batch.index(a) for a in match.stack]
     order += [*range(b, b + f), *(b + f + match.contract.index(a) for a in match.cols)]
     lead = match.tensor.data.shape[:-2]
-    m, spec = math.prod(free_shape), decision.input_format
-    rows = fine.transpose(order).reshape(*lead, m, match.tensor.layout.k)
-    codes = _ops.takes_codes(spec, match.tensor, m, rule.simulate, rule.backend)
-    if spec is not None and not codes and match.tensor.pre_scale is None:
-        rows, spec = rule.shared(x, (lead, *order), decision, rows, match.tensor), None
-    got = _ops.matmul(rows, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
+    rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
+    taken = rule.activation(x, (lead, *order), rows, decision, match.tensor)
+    spec = decision.input_format
+    got = _ops.matmul(taken, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
     back = [match.stack.index(a) for a in match.batch]
     mine, theirs = [b + f + match.rows.index(a) for a in match.free], list(range(b, b + f))

@@ -29,7 +29,6 @@ from jqopt.export.checkpoint import METADATA, Checkpoint
 from jqopt.frontends import function_of
 from jqopt.hf import load_config, load_model
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of a Hugging Face folder that a checkpoint keeps, so that it needs the folder no more."""
@@ -131,11 +130,6 @@ class Loaded:
 def is_checkpoint(text: str) -> bool:
     """Whether it is a folder that `jqopt.save` wrote."""
     return (Path(text) / METADATA).is_file()
-
-
-def is_model(text: str) -> bool:
-    """Whether it has the form of a MODEL: an existing folder, or `package.module:function`."""
-    return Path(text).is_dir() or FUNCTION.fullmatch(text) is not None
 
 
 def load(text: str, *, scan_layers: bool = False, dtype: str = "float32", weights: bool = True) -> Loaded:

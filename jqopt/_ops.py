@@ -77,34 +77,57 @@ def _rows(spec: InputFormat) -> str:
 
 
 def takes_codes(spec: InputFormat | None, weight: QTensor, m: int, simulate: bool, backend: str | None) -> bool:
-    """Will a product with m rows multiply the activation's codes? If not, its quantized values may be shared."""
+    """Will a product with m rows multiply the activation's codes, rather than the values they stand for?"""
     if spec is None or simulate:
         return False
     return backend is not None or _find(operand(spec.format, _rows(spec)), _facts(weight), m, None).low_precision
 
 
+class Activation(NamedTuple):
+    """Activations [*stack, m, k] as products take them; one can serve a whole group of products.
+
+    `x`: what is multiplied, or, beside codes, only what the gradient goes to. `lost` [*stack, m, 1]: rows that hold
+    NaN, which integer codes can't say.
+    """
+
+    x: jax.Array
+    codes: kernels.Packed | None = None
+    lost: jax.Array | None = None
+
+
+def activation(x: jax.Array, spec: InputFormat | None, scale: jax.Array | None, codes: bool) -> Activation:
+    """Quantizes activations [*stack, m, k] to codes, or to the values they stand for; `spec` None: not at all."""
+    if spec is None:
+        return Activation(x)
+    if not codes:
+        return Activation(quantize_input(x, spec, scale))
+    return Activation(x, *_encoded(spec, lax.stop_gradient(x), scale))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[kernels.Packed, jax.Array]:
+    codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+    return kernels.Packed(*codes), jnp.isnan(x).any(axis=-1, keepdims=True)
+
+
 def matmul(
-    x: jax.Array, weight: QTensor, spec: InputFormat | None, *, simulate: bool = False, backend: str | None = None
+    x: Activation, weight: QTensor, spec: InputFormat | None, *, simulate: bool = False, backend: str | None = None
 ) -> jax.Array:
     """x [*stack, m, k] times a packed weight [*stack, n, k], transposed: float32 [*stack, m, n].
 
-    `spec` None: x is multiplied as it is. The gradient goes straight through both quantizers:
+    `spec` says how codes in x were made. The gradient goes straight through both quantizers:
     dx = dy @ dequantized(weight).
     """
     facts = _facts(weight)
-    if weight.pre_scale is not None:
-        x = x * weight.pre_scale[..., None, :].astype(x.dtype)
-    scale = weight.input_scale if spec is not None and spec.static else None
-    if not takes_codes(spec, weight, x.shape[-2], simulate, backend):
-        x, spec, scale = x if spec is None else quantize_input(x, spec, scale), None, None
     arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
+    lhs = None if x.codes is None else (x.codes, x.lost)
 
-    def run(x: jax.Array, arrays: kernels.Packed) -> jax.Array:
-        return _product(x, arrays, scale, facts, spec, simulate, backend)
+    def run(x: jax.Array, lhs: Any, arrays: kernels.Packed) -> jax.Array:
+        return _product(x, lhs, arrays, facts, spec, simulate, backend)
 
     for _ in range(weight.data.ndim - 2):
         run = jax.vmap(run)
-    return run(x, arrays)
+    return run(x.x, lhs, arrays)
 
 
 def _facts(weight: QTensor) -> Weight:
@@ -121,18 +144,14 @@ _NT = (((1,), (1,)), ((), ()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _product(x, arrays, scale, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
+def _product(x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
     if simulate:
         return lax.dot_general(x.astype(jnp.float32), _decoded(facts, arrays), _NT)
-    lhs, lhs_spec = x, FLOAT
-    if spec is not None:
-        lhs_spec = operand(spec.format, _rows(spec))
-        lhs = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
-    kernel = _find(lhs_spec, facts, x.shape[0], backend)
-    out = _run(kernel, lhs_spec, facts, lhs, arrays)
-    if spec is None:
-        return out
-    lost = jnp.isnan(x).any(axis=-1, keepdims=True)  # integer codes have no NaN: its row says so
+    if lhs is None or spec is None:
+        return _run(_find(FLOAT, facts, x.shape[0], backend), FLOAT, facts, x, arrays)
+    codes, lost = lhs
+    described = operand(spec.format, _rows(spec))
+    out = _run(_find(described, facts, x.shape[0], backend), described, facts, codes, arrays)
     return jnp.where(lost, jnp.float32(jnp.nan), out)
 
 
@@ -149,16 +168,15 @@ def _decoded(facts: Weight, arrays: kernels.Packed) -> jax.Array:
     return _dequantize(arrays, facts)
 
 
-def _product_fwd(x, arrays, scale, facts, spec, simulate, backend):
-    out = _product(x, arrays, scale, facts, spec, simulate, backend)
-    return out, (arrays, scale, jnp.zeros((0,), x.dtype))
+def _product_fwd(x, lhs, arrays, facts, spec, simulate, backend):
+    out = _product(x, lhs, arrays, facts, spec, simulate, backend)
+    return out, (arrays, jnp.zeros((0,), x.dtype))
 
 
 def _product_bwd(facts, spec, simulate, backend, kept, g):
-    arrays, scale, like = kept
-    weight = _dequantize(arrays, facts)
-    dx = lax.dot_general(g.astype(jnp.float32), weight, (((1,), (0,)), ((), ())))
-    return dx.astype(like.dtype), None, None if scale is None else jnp.zeros_like(scale)
+    arrays, like = kept
+    dx = lax.dot_general(g.astype(jnp.float32), _decoded(facts, arrays), (((1,), (0,)), ((), ())))
+    return dx.astype(like.dtype), None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
