@@ -117,7 +117,7 @@ def calibrate(
         key = ("calibrate", key)
         if key not in steps:
             steps[key] = jax.jit(functools.partial(_step, plan, rebuild), donate_argnums=(0,))
-        state = steps[key](state, params, arrays)
+        state = jax.block_until_ready(steps[key](state, params, arrays))  # one batch in flight, progress that is true
         if progress is not None:
             progress(n)
     if n == 0:
