@@ -8,7 +8,7 @@ READY   := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench fmt clean
+.PHONY: help demo test thirdparty lint check bench fmt clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ demo: $(READY)  ## quantize the tiny language model of examples/tinylm and show 
 
 test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or thirdparty")
 	@$(BIN)/python -m pytest -n $(WORKERS) -q
+
+thirdparty: $(READY)  ## models that others wrote, installed beside the environment
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/thirdparty -r tests/thirdparty/requirements.txt
+	@PYTHONPATH=$(VENV)/thirdparty $(BIN)/python -m pytest -n $(WORKERS) -q -m thirdparty
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .

@@ -135,7 +135,7 @@ def decided_sites(plan: Plan, closed: Any, views: Sequence[View | None]) -> list
     sites, _ = _trace.walk(closed, views, {})
     known = plan.by_key
     for s in sites:
-        if s.path is not None and s.key not in known:
+        if s.path is not None and s.reason is None and s.key not in known:
             raise PlanError(
                 f"site {s.key} ({s.op}) appeared that the plan doesn't know: the model runs differently at these "
                 "inputs than at those it was traced with. Trace with inputs (and keywords) like the ones you run."

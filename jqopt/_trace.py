@@ -478,12 +478,13 @@ def _name(sites: list[Site]) -> list[Site]:
         if s.path is not None:
             used.setdefault(s.path, set()).add(s.op)
     count: dict[str, int] = {}
-    named = []
-    for s in sites:
+    named: dict[int, Site] = {}
+    # those that can't be quantized come last: which there are may depend on the shapes, and keys must not
+    for i, s in sorted(enumerate(sites), key=lambda pair: (pair[1].reason is not None, pair[0])):
         count[s.key] = count.get(s.key, 0) + 1
         key = s.key if count[s.key] == 1 else f"{s.key}#{count[s.key]}"
-        named.append(dataclasses.replace(s, key=key, used_by=frozenset(used.get(s.path or "", ()))))
-    return named
+        named[i] = dataclasses.replace(s, key=key, used_by=frozenset(used.get(s.path or "", ())))
+    return [named[i] for i in range(len(sites))]
 
 
 def split_static(tree: Any) -> tuple[list, Callable[[list], Any], Any]:
