@@ -37,7 +37,7 @@ def quantize_input(x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> 
 
     A dynamic scale of the whole tensor is found for each matrix [m, k].
     """
-    return _qdq(x, scale, spec)
+    return _qdq_traced_once(x, scale, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -62,6 +62,7 @@ def _qdq_bwd(spec, kept, g):
 
 
 _qdq.defvjp(_qdq_fwd, _qdq_bwd)
+_qdq_traced_once = jax.jit(lambda *args: _qdq(*args), static_argnums=2)
 
 
 def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
@@ -87,7 +88,7 @@ class Activation(NamedTuple):
     """Activations [*stack, m, k] as products take them; one can serve a whole group of products.
 
     `x`: what is multiplied, or, beside codes, only what the gradient goes to. `lost` [*stack, m, 1]: rows that hold
-    NaN, which integer codes can't say.
+    NaN, where neither codes nor scales can say so.
     """
 
     x: jax.Array
@@ -105,8 +106,13 @@ def activation(x: jax.Array, spec: InputFormat | None, scale: jax.Array | None, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[kernels.Packed, jax.Array]:
+def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[kernels.Packed, jax.Array | None]:
     codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+    if spec.format.element.nan is not None:
+        nan = jnp.asarray(spec.format.element.nan, codes.data.dtype)
+        return kernels.Packed(*codes._replace(data=jnp.where(jnp.isnan(x), nan, codes.data))), None
+    if not spec.static and spec.granularity != "block":  # the scale, found from the row or the tensor, is NaN itself
+        return kernels.Packed(*codes), None
     return kernels.Packed(*codes), jnp.isnan(x).any(axis=-1, keepdims=True)
 
 
@@ -123,7 +129,7 @@ def matmul(
     lhs = None if x.codes is None else (x.codes, x.lost)
 
     def run(x: jax.Array, lhs: Any, arrays: kernels.Packed) -> jax.Array:
-        return _product(x, lhs, arrays, facts, spec, simulate, backend)
+        return _traced_once(x, lhs, arrays, facts, spec, simulate, backend)
 
     for _ in range(weight.data.ndim - 2):
         run = jax.vmap(run)
@@ -152,7 +158,7 @@ def _product(x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: 
     codes, lost = lhs
     described = operand(spec.format, _rows(spec))
     out = _run(_find(described, facts, x.shape[0], backend), described, facts, codes, arrays)
-    return jnp.where(lost, jnp.float32(jnp.nan), out)
+    return out if lost is None else jnp.where(lost, jnp.float32(jnp.nan), out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -166,6 +172,10 @@ def _run(
 @functools.partial(jax.jit, static_argnums=0)
 def _decoded(facts: Weight, arrays: kernels.Packed) -> jax.Array:
     return _dequantize(arrays, facts)
+
+
+# jitted so that JAX traces and lowers it once for all sites of one shape
+_traced_once = jax.jit(lambda *args: _product(*args), static_argnums=(3, 4, 5, 6))
 
 
 def _product_fwd(x, lhs, arrays, facts, spec, simulate, backend):

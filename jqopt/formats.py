@@ -26,6 +26,7 @@ class Element:
     bias: int = 0
     table: tuple[float, ...] = ()
     signed_zero: bool = False
+    nan: int | None = None  # the code of NaN, where there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,8 @@ _NF4 = (
 E2M1 = Element("e2m1", 4, 6.0, "float", -6.0, 2, 1, 1)
 E3M2 = Element("e3m2", 6, 28.0, "float", -28.0, 3, 2, 3, signed_zero=True)
 E2M3 = Element("e2m3", 6, 7.5, "float", -7.5, 2, 3, 1, signed_zero=True)
-E4M3 = Element("e4m3", 8, 448.0, "float", -448.0, 4, 3, 7, signed_zero=True)
-E5M2 = Element("e5m2", 8, 57344.0, "float", -57344.0, 5, 2, 15, signed_zero=True)
+E4M3 = Element("e4m3", 8, 448.0, "float", -448.0, 4, 3, 7, signed_zero=True, nan=0x7F)
+E5M2 = Element("e5m2", 8, 57344.0, "float", -57344.0, 5, 2, 15, signed_zero=True, nan=0x7F)
 INT8 = Element("int8", 8, 127, "int", -128)
 INT8_SYMMETRIC = Element("int8_symmetric", 8, 127, "int", -127)
 INT4 = Element("int4", 4, 7, "int", -8)
