@@ -87,8 +87,8 @@ def takes_codes(spec: InputFormat | None, weight: QTensor, m: int, simulate: boo
 class Activation(NamedTuple):
     """Activations [*stack, m, k] as products take them; one can serve a whole group of products.
 
-    `x`: what is multiplied, or, beside codes, only what the gradient goes to. `lost` [*stack, m, 1]: rows that hold
-    NaN, where neither codes nor scales can say so.
+    `x`: what is multiplied, or, beside codes, only what the gradient goes to. `lost` [*stack, m, 1]: NaN for rows
+    that hold NaN, else 0, where neither codes nor scales can say so.
     """
 
     x: jax.Array
@@ -113,7 +113,7 @@ def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[
         return kernels.Packed(*codes._replace(data=jnp.where(jnp.isnan(x), nan, codes.data))), None
     if not spec.static and spec.granularity != "block":  # the scale, found from the row or the tensor, is NaN itself
         return kernels.Packed(*codes), None
-    return kernels.Packed(*codes), jnp.isnan(x).any(axis=-1, keepdims=True)
+    return kernels.Packed(*codes), jnp.sum(jnp.where(x != x, jnp.float32(jnp.nan), 0), axis=-1, keepdims=True)
 
 
 def matmul(
@@ -158,7 +158,7 @@ def _product(x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: 
     codes, lost = lhs
     described = operand(spec.format, _rows(spec))
     out = _run(_find(described, facts, x.shape[0], backend), described, facts, codes, arrays)
-    return out if lost is None else jnp.where(lost, jnp.float32(jnp.nan), out)
+    return out if lost is None else out + lost
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
