@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from jqopt._trace import Graph, Site
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-VERSION = 1
+VERSION = 2  # 2: `fused` and `fold` of a decision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Decision:
     reason: str = ""
     note: str = ""
     group: str = ""  # key of the first site among those that read the same activation in the same way
+    fused: str = ""  # key of the first site among those of the group whose weights share one tensor-level scale
+    fold: str = ""  # where a scale on the group's input can be absorbed, or why nowhere
     layout: Layout | None = None
     outer: tuple[int, ...] = ()  # leading stack axes that have their own input scale
     dtype: str = ""
@@ -148,7 +151,7 @@ def make_plan(recipe: Recipe, graph: Graph) -> Plan:
     """
     chosen = {s.key: _choose(recipe, s) for s in graph.sites}
     decisions = [_decide(recipe, s, chosen[s.key], graph) for s in graph.sites]
-    decisions = _grouped(graph, decisions)
+    decisions = _fused(recipe, graph, _grouped(graph, decisions))
     _check_rules(recipe, graph, chosen)
     _check_parameters(graph, decisions)
     parameters = {p: Parameter(tuple(s.shape), str(s.dtype)) for p, s in graph.parameters.items()}
@@ -219,6 +222,40 @@ def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
             same = (site.activation, site.contracted, d.op, d.weight, d.input, d.algorithm, d.outer)
             d = dataclasses.replace(d, group=lead.setdefault(same, d.key))
         out.append(d)
+    return out
+
+
+def _fused(recipe: Recipe, graph: Graph, decisions: list[Decision]) -> list[Decision]:
+    """Marks decisions whose weights share a tensor-level scale: by the dataflow, or by the recipe's `fuse`."""
+    sets = [keys for g in graph.groups for keys in g.fused] if recipe.fuse is None else _asked(recipe, graph)
+    together = {key: keys for keys in sets for key in keys}
+    lead: dict[tuple, str] = {}
+    out = []
+    for d in decisions:
+        if d.weight is not None and d.key in together:
+            same = (together[d.key], d.weight, d.algorithm, d.outer)
+            d = dataclasses.replace(d, fused=lead.setdefault(same, d.key))
+        out.append(d)
+    return out
+
+
+def _asked(recipe: Recipe, graph: Graph) -> list[tuple[str, ...]]:
+    """The sets of site keys that the recipe's `fuse` asks for: within each group, those that its patterns match."""
+    out = []
+    for patterns in recipe.fuse or ():
+        found = [
+            tuple(s.key for s in g if any(fnmatch.fnmatchcase(s.path or "", p) for p in patterns)) for g in graph.groups
+        ]
+        sets = [keys for keys in found if len(keys) > 1]
+        if not sets:
+            alone = [keys[0] for keys in found if keys]
+            raise PlanError(
+                f"recipe {recipe.name!r}: fuse {list(patterns)} names no two sites that read the same activation; "
+                + (f"it matches {_some(alone)}, which read different ones. " if alone else "it matches no site. ")
+                + f"Groups of {graph.function.name}: "
+                + "; ".join(_some([s.key for s in g]) for g in graph.groups if len(g.sites) > 1)
+            )
+        out += sets
     return out
 
 

@@ -86,10 +86,10 @@ def _traced(tree: Any) -> bool:
 
 
 def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Largest |weight| of each group that shares a tensor-level scale, by path: [*stack] float32.
+    """Largest |weight| of those that share a tensor-level scale, by path: [*stack] float32.
 
-    Sites that read the same activation (q, k, v; gate, up) share the global scale of nvfp4 and the per-tensor scale
-    of fp8, since serving engines fuse them into one matrix product.
+    Fused sites (q, k, v; gate, up) share the global scale of nvfp4 and the per-tensor scale of fp8, since serving
+    engines run them as one matrix product.
     """
     amax: dict[str, jax.Array] = {}
     for path, d in plan.quantized.items():
@@ -99,7 +99,7 @@ def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
     groups: dict[str, list[str]] = {}
     for path, d in plan.quantized.items():
         if d.format.global_scale or d.granularity == "tensor":
-            groups.setdefault(d.group or d.key, []).append(path)
+            groups.setdefault(d.fused or d.key, []).append(path)
     out = {}
     for members in groups.values():
         shapes = {amax[p].shape for p in members}

@@ -278,6 +278,23 @@ def _algorithms(value: object) -> tuple[AlgorithmSpec, ...]:
     return tuple(_algorithm(v) for v in values)
 
 
+def _fuse(value: object) -> tuple[tuple[str, ...], ...]:
+    """Sets of patterns, each a list; [] fuses nothing."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'found {_show(value)}, expected a list of lists of patterns, such as [["*/q_proj/*", "*/k_proj/*"]]; '
+            "[] shares no scale; leave the key out to share where the model's dataflow says so"
+        )
+    out = []
+    for one in value:
+        if not isinstance(one, list | tuple) or len(one) < 2:
+            raise ValueError(
+                f'found {_show(one)}, expected a list of at least two patterns, such as ["*/gate/*", "*/up/*"]'
+            )
+        out.append(tuple(map(_glob, one)))
+    return tuple(out)
+
+
 def _algorithm(value: object) -> AlgorithmSpec:
     if isinstance(value, AlgorithmSpec):
         return value
@@ -378,6 +395,8 @@ _Granularity = Annotated[str, PlainValidator(_choice(*GRANULARITIES)), _one_of(G
 _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
 _Block = Annotated[int | tuple[int, int], PlainValidator(_block), WithJsonSchema({"anyOf": [_SIZE, _PAIR]})]
 _Schema = Annotated[int, PlainValidator(_schema_version), WithJsonSchema({"type": "integer", "const": SCHEMA})]
+_FUSE_SCHEMA = {"type": "array", "items": {"type": "array", "items": {"type": "string"}, "minItems": 2}}
+_Fuse = Annotated[tuple[tuple[str, ...], ...], PlainValidator(_fuse), WithJsonSchema(_FUSE_SCHEMA)]
 _KvCache = Annotated[str, PlainValidator(_kv_cache), WithJsonSchema({"type": ["string", "object"]})]
 
 
@@ -648,6 +667,7 @@ class Recipe(_Model):
     rules: _RulesInput = Field(default=(), description="the first that matches a site decides")
     kv_cache: _KvCache | None = _key("not supported yet")
     algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
+    fuse: _Fuse | None = _key("sets of patterns: weights that share a scale, in place of what the dataflow says")
 
     def rule_for(self, site: SiteLike) -> Rule | None:
         """The first rule that matches the site, which decides; None: no rule is for it."""
@@ -664,6 +684,7 @@ class Recipe(_Model):
         data |= {"description": self.description} if self.description else {}
         data |= {"extends": list(self.extends)} if self.extends else {}
         data["rules"] = [rule.to_dict() for rule in self.rules]
+        data |= {} if self.fuse is None else {"fuse": [list(patterns) for patterns in self.fuse]}
         inherits = self.extends and "algorithm" not in self.model_fields_set
         return data if inherits else data | {"algorithm": _short_algorithm(self.algorithm)}
 
@@ -772,7 +793,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     part = _part(file, (), set())
     rules = _reachable(part.specific + part.fallback)
     _refuse_idle(file, rules)
-    update = {"rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,)}
+    update = {"rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse}
     return part.recipe.model_copy(update=update)
 
 
@@ -790,6 +811,7 @@ class _Part:
     specific: tuple[Rule, ...]
     fallback: tuple[Rule, ...]
     algorithm: tuple[AlgorithmSpec, ...] | None
+    fuse: tuple[tuple[str, ...], ...] | None
 
 
 def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
@@ -809,6 +831,7 @@ def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
         own[:cut] + tuple(rule for base in bases for rule in base.specific),
         own[cut:] + tuple(rule for base in bases for rule in base.fallback),
         algorithm or next((base.algorithm for base in bases if base.algorithm), None),
+        next((part.fuse for part in (recipe, *bases) if part.fuse is not None), None),
     )
 
 

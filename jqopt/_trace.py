@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,10 @@ from jqopt import _view
 from jqopt._jaxpr import OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
 from jqopt._view import Atom, View
+from jqopt.analysis.axis_rules import Rule
+from jqopt.analysis.classes import AxisClass, AxisGraph, Symbol, Unknown, analyse
+from jqopt.analysis.flow import Flow, flow
+from jqopt.analysis.groups import Group, groups
 from jqopt.errors import JqoptError, TraceError
 
 DOTS = {
@@ -102,6 +108,7 @@ class Function(NamedTuple):
     kind: str  # linen | nnx | function
     name: str
     tree: Callable[[Any], Any] = lambda params: params  # what a user passes as `params` -> the tree
+    untree: Callable[[Any], Any] = lambda tree: tree  # the tree -> what a user gets back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,82 @@ class Graph:
     sites: tuple[Site, ...]
     opaque: tuple[Opaque, ...]
     parameters: Mapping[str, jax.ShapeDtypeStruct]
+    jaxpr: Any = dataclasses.field(default=None, compare=False, repr=False)  # without its constants
+    leaves: tuple[tuple[str, str] | None, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    rules: tuple[tuple[str, Rule], ...] = ()
+
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """The flat dataflow: what every analysis of the graph reads."""
+        return flow(self.jaxpr, self.leaves)
+
+    @functools.cached_property
+    def axes(self) -> AxisGraph:
+        """What the program says about axes: `symbols`, `classes` and `unknown` are its parts."""
+        return analyse(self.flow, self.sites, dict(self.rules))
+
+    @property
+    def symbols(self) -> tuple[Symbol, ...]:
+        """Every axis of every leaf of the parameter tree."""
+        return self.axes.symbols
+
+    @property
+    def classes(self) -> tuple[AxisClass, ...]:
+        """Axes that are one: they can only be pruned or permuted together."""
+        return self.axes.classes
+
+    @property
+    def unknown(self) -> tuple[Unknown, ...]:
+        """Primitives without a rule; what they touch is pinned."""
+        return self.axes.unknown
+
+    def with_rules(self, rules: Mapping[str, Rule]) -> Graph:
+        """The same graph with axis rules for further primitives, by name (see `jqopt.axes`)."""
+        return dataclasses.replace(self, rules=tuple({**dict(self.rules), **rules}.items()))
+
+    def class_of(self, symbol: str) -> AxisClass:
+        """The class of an axis, `mlp/up_proj/kernel[1]`, or of a part of one, by the class' name.
+
+        Raises:
+            TraceError: there is no such axis, or it is made of several classes (the message names them).
+        """
+        named = {c.name: c for c in self.classes}
+        if symbol in named and symbol in self.axes.nodes:
+            found = [named[symbol]]
+        else:
+            found = [c for c in self.classes if any(m.symbol == symbol for m in c.members)]
+        if symbol in named and symbol not in self.axes.nodes:
+            return named[symbol]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise TraceError(
+                f"{symbol} is made of several classes, {self.parts(symbol)}: "
+                f"write one of {', '.join(c.name for c in found)}"
+            )
+        if symbol in self.axes.nodes:
+            raise TraceError(f"{symbol} has {self.parts(symbol)} position: it belongs to no class")
+        near = difflib.get_close_matches(symbol, list(self.axes.nodes), 3)
+        raise TraceError(
+            f"{self.function.name} has no axis {symbol!r}: write a parameter's path and its axis, `q_proj/kernel[1]`"
+            + (f". Did you mean {', '.join(near)}?" if near else "")
+        )
+
+    def parts(self, symbol: str) -> str:
+        """What an axis is made of: `2 x 4 x 8`, `[32 | 16 | 16]`."""
+        return self.axes.parts(symbol)
+
+    def is_failed(self, path: str) -> bool:
+        """Is there, under this parameter's or module's path, something that tracing could not look into?"""
+        return self.failure_msg(path) is not None
+
+    def failure_msg(self, path: str) -> str | None:
+        """Why tracing could not look into something under this parameter's or module's path; None if it could."""
+        for u in self.unknown:
+            inside = f"/{u.scope}/".find(f"/{path}/") >= 0
+            if not path or inside or any(p == path or p.startswith(path + "/") for p in u.params):
+                return f"{u.reason} ({u.where or u.scope})"
+        return None
 
     def __str__(self) -> str:
         from jqopt._table import table
@@ -125,13 +208,17 @@ class Graph:
             text += f"\nopaque: {o.primitive} in {o.scope or 'the function'}: {o.reason}"
         return text
 
-    def groups(self) -> list[tuple[Site, ...]]:
-        """Sites with a parameter that read the same activation and contract the same length."""
-        found: dict[tuple, list[Site]] = {}
-        for s in self.sites:
-            if s.path is not None and s.reason is None and s.op != "gather":
-                found.setdefault((s.activation, s.contracted, s.op), []).append(s)
-        return [tuple(g) for g in found.values()]
+    @functools.cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Sites that read the same activation."""
+        return groups(self.flow, self.sites)
+
+    @functools.cached_property
+    def folds(self) -> Mapping[str, Any]:
+        """Where a scale on each group's input can be absorbed, by the group's name."""
+        from jqopt.analysis.folds import folds
+
+        return folds(self.flow, self.groups)
 
 
 def _dims(site: Site) -> str:
@@ -241,6 +328,8 @@ class _Walk:
             return [CONST for _ in eqn.outvars]
         if len(acts) == 1 and not params and name in TRANSPARENT:
             return [acts[0] for _ in eqn.outvars]
+        if name == "gather" and not params and isinstance(ins[0], Act) and _picks_rows(eqn):
+            return [ins[0]]
         return [self._mixed(eqn, ins, o.aval) for o in eqn.outvars]
 
     def _mixed(self, eqn: Any, ins: list, out: Any) -> Act:
@@ -399,6 +488,12 @@ TRANSPARENT = _view.SAME | {
     "broadcast_in_dim",
     "expand_dims",
 }
+
+
+def _picks_rows(eqn: Any) -> bool:
+    """Does a gather pick whole rows (tokens sent to experts), so that each channel keeps its values?"""
+    last = eqn.invars[0].aval.ndim - 1
+    return last not in eqn.params["dimension_numbers"].start_index_map and last >= 1
 
 
 def _local(value: Any, shape: tuple[int, ...]) -> Any:
@@ -567,7 +662,27 @@ def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
         if (p := parameter_path(function, path, leaf)) is not None
     }
     shapes = jax.tree.map(_shape, function.params)  # the graph and plans made of it hold no weights
-    return Graph(function._replace(params=shapes), tuple(sites), tuple(opaque), parameters)
+    program, _ = open_jaxpr(closed)
+    leaves = leaf_names(function, flat, len(program.invars))
+    return Graph(function._replace(params=shapes), tuple(sites), tuple(opaque), parameters, program, leaves)
+
+
+def leaf_names(function: Function, flat: Sequence[tuple[tuple, Any]], count: int) -> tuple[tuple[str, str] | None, ...]:
+    """(kind, name) of each of the `count` arguments of a staged model: None for those that aren't leaves of its tree.
+
+    A leaf that is no parameter (batch statistics, a cache) is called after its whole key path.
+    """
+    found: list[tuple[str, str] | None] = [
+        ("state", state_name(key)) if (p := parameter_path(function, key, leaf)) is None else ("parameter", p)
+        for key, leaf in flat
+    ]
+    return (*found, *([None] * (count - len(found))))
+
+
+def state_name(key: tuple) -> str:
+    """`batch_stats/norm/mean`: a leaf's key path, without the box that NNX and `nn.Partitioned` put around it."""
+    boxed = key and isinstance(key[-1], jax.tree_util.GetAttrKey)
+    return jax.tree_util.keystr(key[:-1] if boxed else key, simple=True, separator="/")
 
 
 def _shape(leaf: Any) -> Any:

@@ -43,7 +43,7 @@ def test_llama_unrolled_and_scanned(remat):
 
 
 def test_groups_are_q_k_v_and_gate_up():
-    groups = [[s.path for s in g] for g in llama_graph(True).groups()]
+    groups = [[s.path for s in g] for g in llama_graph(True).groups]
     layer = "layers/{}/kernel".format
     assert [layer(f"self_attn/{n}_proj") for n in "qkv"] in groups
     assert [layer("mlp/gate_proj"), layer("mlp/up_proj")] in groups
