@@ -1,6 +1,6 @@
 """jqopt: declarative quantization for JAX. Recipes in YAML, plans as data, packed weights under jax.jit."""
 
-from jqopt import algorithms, formats
+from jqopt import algorithms, axis_rules, formats, transforms
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
 from jqopt._model import load, plan, quantize_model, save, trace
@@ -31,6 +31,7 @@ __all__ = [
     "UnsupportedError",
     "algorithms",
     "apply",
+    "axis_rules",
     "calibrate",
     "formats",
     "linen",
@@ -43,4 +44,5 @@ __all__ = [
     "quantize_model",
     "save",
     "trace",
+    "transforms",
 ]

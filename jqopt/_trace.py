@@ -149,7 +149,7 @@ class Graph:
         return self.axes.unknown
 
     def with_rules(self, rules: Mapping[str, Rule]) -> Graph:
-        """The same graph with axis rules for further primitives, by name (see `jqopt.axes`)."""
+        """The same graph with axis rules for further primitives, by name (see `jqopt.axis_rules`)."""
         return dataclasses.replace(self, rules=tuple({**dict(self.rules), **rules}.items()))
 
     def class_of(self, symbol: str) -> AxisClass:
@@ -158,13 +158,8 @@ class Graph:
         Raises:
             TraceError: there is no such axis, or it is made of several classes (the message names them).
         """
-        named = {c.name: c for c in self.classes}
-        if symbol in named and symbol in self.axes.nodes:
-            found = [named[symbol]]
-        else:
-            found = [c for c in self.classes if any(m.symbol == symbol for m in c.members)]
-        if symbol in named and symbol not in self.axes.nodes:
-            return named[symbol]
+        named = [c for c in self.classes if c.name == symbol and symbol not in self.axes.nodes]
+        found = named or [c for c in self.classes if symbol in c.symbols]
         if len(found) == 1:
             return found[0]
         if found:
@@ -173,8 +168,8 @@ class Graph:
                 f"write one of {', '.join(c.name for c in found)}"
             )
         if symbol in self.axes.nodes:
-            raise TraceError(f"{symbol} has {self.parts(symbol)} position: it belongs to no class")
-        near = difflib.get_close_matches(symbol, list(self.axes.nodes), 3)
+            raise TraceError(f"{symbol} has {self.parts(symbol)} positions: it belongs to no class")
+        near = difflib.get_close_matches(symbol, [*self.axes.nodes, *(c.name for c in self.classes)], 3)
         raise TraceError(
             f"{self.function.name} has no axis {symbol!r}: write a parameter's path and its axis, `q_proj/kernel[1]`"
             + (f". Did you mean {', '.join(near)}?" if near else "")

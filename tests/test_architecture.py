@@ -21,9 +21,10 @@ FLOORS: list[set[str]] = [
     {"_qtensor"},
     {"_ops"},
     {"_jaxpr"},
-    {"algorithms"},
+    {"algorithms", "analysis"},
     {"_recipe", "_trace"},
-    {"_plan"},
+    {"_leaves"},
+    {"_plan", "transforms", "axis_rules"},
     {"_apply"},
     {"_calibrate"},
     {"_quantize"},
@@ -55,6 +56,7 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "QTensor", "formats", "algorithms", "linen", "nnx"),
+    *("axis_rules", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }

@@ -90,7 +90,7 @@ def described(value: Value) -> str:
 
 def _meetings(flow: Flow, candidates: Sequence[tuple[Any, ...]]) -> dict[frozenset[str], Equation]:
     """{two keys of one group: the product in which their outputs meet before they pass another weight}."""
-    kind = {s.key: (i, s.op, s.outer, tuple(a.size for a in s.stack)) for i, g in enumerate(candidates) for s in g}
+    kind = {s.key: (i, *_form(s)) for i, g in enumerate(candidates) for s in g}
     made: dict[tuple, list[str]] = {}
     for g in candidates:
         for s in g:
@@ -112,6 +112,11 @@ def _meetings(flow: Flow, candidates: Sequence[tuple[Any, ...]]) -> dict[frozens
                     out.setdefault(frozenset({a, b}), e)
         labels.update(dict.fromkeys(e.outputs, frozenset().union(*ins)))
     return out
+
+
+def _form(site: Any) -> tuple:
+    """What weights must have in common to stand beside each other in one matrix: a router stands beside no expert."""
+    return site.op, site.outer, tuple(a.size for a in site.stack), len(site.shape), tuple(a.axis for a in site.cols)
 
 
 def _is_weighted(equation: Equation) -> bool:

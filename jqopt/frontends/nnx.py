@@ -38,12 +38,20 @@ def function_of(model: nnx.Module, params: Any = None) -> Function:
     classes = {"/".join(map(str, p)): type(m).__name__ for p, m in nnx.iter_modules(model)}
     tree = {"params": weights, "state": rest}
     watch = functools.partial(contextlib.nullcontext, classes)
-    return Function(Call(graphdef), tree, path_of, watch, "nnx", type(model).__name__, tree_of)
+    return Function(Call(graphdef), tree, path_of, watch, "nnx", type(model).__name__, tree_of, untree)
 
 
 def tree_of(params: Any) -> Any:
-    """The tree of a module given in its place."""
+    """The tree of a module, or of its state, given in its place."""
+    if isinstance(params, nnx.State) and set(params) != {"params", "state"}:
+        weights, rest = nnx.split_state(params, nnx.Param, ...)
+        return {"params": weights, "state": rest}
     return function_of(params).params if isinstance(params, nnx.Module) else params
+
+
+def untree(tree: Any) -> Any:
+    """The state of a module from its tree: for `nnx.update(module, state)`."""
+    return nnx.merge_state(tree["params"], tree["state"])
 
 
 @dataclasses.dataclass(frozen=True)
