@@ -118,7 +118,18 @@ class Plan:
             f"{len(done)} of {len(self.parameters)} parameters quantized ({part / max(whole, 1):.0%} of {whole:,} "
             f"values), {self.bits_per_weight:.2f} bits each; recipe {self.recipe.name!r}"
         )
+        if folds := _fold_rows(self.decisions):
+            lines += ["", table(("input of", "a scale on it folds into"), folds)]
         return "\n".join([*lines, *(f"opaque: {o}" for o in self.opaque)])
+
+
+def _fold_rows(decisions: Iterable[Decision]) -> list[tuple[str, str]]:
+    """For each group of quantized sites: its first site, how many more, and where a scale on its input can go."""
+    members: dict[tuple[str, str], list[str]] = {}
+    for d in decisions:
+        if d.weight is not None and d.fold:
+            members.setdefault((d.group, d.fold), []).append(d.key)
+    return [(f"{keys[0]} +{len(keys) - 1}".removesuffix(" +0"), fold) for (_, fold), keys in members.items()]
 
 
 def _row(d: Decision) -> tuple:
@@ -226,12 +237,15 @@ def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
 
 
 def _fused(recipe: Recipe, graph: Graph, decisions: list[Decision]) -> list[Decision]:
-    """Marks decisions whose weights share a tensor-level scale: by the dataflow, or by the recipe's `fuse`."""
+    """Marks weights that share a tensor-level scale, by the dataflow or the recipe's `fuse`; says where scales fold."""
     sets = [keys for g in graph.groups for keys in g.fused] if recipe.fuse is None else _asked(recipe, graph)
     together = {key: keys for keys in sets for key in keys}
+    folds = {s.key: graph.folds[g.name].describe() for g in graph.groups for s in g}
     lead: dict[tuple, str] = {}
     out = []
     for d in decisions:
+        if d.weight is not None:
+            d = dataclasses.replace(d, fold=folds.get(d.key, ""))
         if d.weight is not None and d.key in together:
             same = (together[d.key], d.weight, d.algorithm, d.outer)
             d = dataclasses.replace(d, fused=lead.setdefault(same, d.key))

@@ -6,16 +6,23 @@ function's tree, an NNX module or its state) and leaves it as it is.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jqopt import _leaves
 from jqopt._trace import Graph
 from jqopt.analysis.classes import AxisClass
+from jqopt.analysis.folds import Absorber, Fold, norm_gains, readers
+from jqopt.analysis.groups import Group
 from jqopt.analysis.moves import Moves, checked_keep, checked_order, moves
+from jqopt.errors import PlanError, TraceError
 
 Transform = Callable[[Any], Any]
 
@@ -66,3 +73,205 @@ def _take(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     for axis, positions in axes.items():
         leaf = jnp.take(leaf, positions, axis=axis)
     return leaf
+
+
+# -------------------------------------------------------------------------------------------------- scales
+
+
+def fold_scale(graph: Graph, group: Group | str, scale: Any) -> Transform:
+    """Divides the input of a group by a scale for each channel and multiplies its weights: the same float function.
+
+    What divides the input is a parameter before it: `graph.folds[group].describe()` says which.
+
+    Args:
+        group: a group of `graph.groups`, its name, or the key of one of its sites.
+        scale: of the fold's shape, [*outer, k], positive. Where channels must have the same scale (one value head
+            serves several query heads), `graph.folds[group].project(scale)` is the nearest that is allowed.
+
+    Raises:
+        PlanError: the group's scale can go nowhere (the message says why); the scale has another shape, isn't positive
+            and finite, or differs over channels that must have the same one.
+        TraceError: there is no such group.
+    """
+    fold = _fold(graph, group)
+    numbers = _checked_scale(fold, scale)
+    taken: dict[str, list[Absorber]] = {}
+    for a in (*fold.absorbers, *fold.consumers):
+        taken.setdefault(a.path, []).append(a)
+
+    def new(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            path: functools.reduce(lambda leaf, a: _scaled(leaf, a, numbers), parts, leaves[path])
+            for path, parts in taken.items()
+        }
+
+    return lambda params: _leaves.change(graph, params, new)
+
+
+def _fold(graph: Graph, group: Group | str) -> Fold:
+    name = group if isinstance(group, str) else group.name
+    named = {s.key: g.name for g in graph.groups for s in g.sites}
+    if name in named:
+        return graph.folds[named[name]]
+    near = difflib.get_close_matches(name, named, 3)
+    raise TraceError(
+        f"{graph.function.name} has no group {name!r}: a group is called by the key of a site in it, as "
+        "`graph.groups` lists them" + (f". Did you mean {', '.join(near)}?" if near else "")
+    )
+
+
+def _checked_scale(fold: Fold, scale: Any) -> np.ndarray:
+    if fold.reason:
+        raise PlanError(
+            f"{fold.group}: no parameter can take up a scale of its input: {fold.reason}. Leave this input unscaled"
+        )
+    found = np.asarray(scale).astype(np.float32)
+    if found.shape != fold.shape:
+        raise PlanError(
+            f"{fold.group}: the scale has shape {list(found.shape)}, expected {list(fold.shape)}: one for each "
+            + ("channel of the input" if len(fold.shape) == 1 else "layer and channel of the input")
+        )
+    bad = np.argwhere(~(np.isfinite(found) & (found > 0)))
+    if bad.size:
+        at = tuple(map(int, bad[0]))
+        raise PlanError(
+            f"{fold.group}: scales must be positive and finite, and {len(bad)} of {found.size} aren't: {found[at]} at "
+            f"{list(at)}. Write 1 for a channel that should stay as it is"
+        )
+    if fold.ties is not None:
+        flat, ties = found.ravel(), fold.ties.ravel()
+        apart = np.flatnonzero(flat != flat[ties])
+        if apart.size:
+            one = ties[apart[0]]
+            same = np.flatnonzero(ties == one)
+            few = [list(map(int, np.unravel_index(i, fold.shape))) for i in same[:6]]
+            names = ", ".join(str(c[0] if len(c) == 1 else c) for c in few) + (", ..." if same.size > 6 else "")
+            raise PlanError(
+                f"{fold.group}: channels {names} must have one scale, since {fold.describe()} holds them once; found "
+                f"{flat[one]} and {flat[apart[0]]}. Write graph.folds[{fold.group!r}].project(scale): the nearest scale "
+                "that is allowed"
+            )
+    return found
+
+
+def _scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
+    """The parameter with the scale taken up, computed in float32 at least."""
+    wide = jnp.asarray(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    labels = np.maximum(absorber.labels, 0)
+    factor = jnp.asarray(scale).reshape(-1)[labels].astype(wide.dtype)
+    offset = jnp.asarray(absorber.offset, wide.dtype)
+    moved = wide + offset if absorber.offset else wide
+    moved = moved * factor if absorber.power > 0 else moved / factor
+    moved = moved - offset if absorber.offset else moved
+    return jnp.where(absorber.labels >= 0, moved, wide).astype(leaf.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- norms
+
+
+@dataclasses.dataclass(frozen=True)
+class NormFold:
+    """A function `params -> params` that multiplies norm gains into the weights that read them."""
+
+    graph: Graph = dataclasses.field(repr=False)
+    folded: tuple[str, ...]  # paths of the gains that become one (zero, where the norm adds one)
+    left: Mapping[str, str]  # path of a gain that stays -> why
+    groups: tuple[str, ...] = dataclasses.field(repr=False)  # those whose folds are applied
+
+    def __call__(self, params: Any) -> Any:
+        def new(leaves: Mapping[str, Any]) -> dict[str, Any]:
+            changed = dict(leaves)
+            for name in self.groups:
+                changed.update(_without_gain(self.graph.folds[name], changed))
+            return {path: leaf for path, leaf in changed.items() if leaf is not leaves[path]}
+
+        return _leaves.change(self.graph, params, new)
+
+
+def fold_norms(graph: Graph) -> NormFold:
+    """Multiplies the gain of every norm into the weights that read it: the gain becomes one, the function stays.
+
+    A bias beside the gain is divided by it. A channel whose gain is 0 gets weights of 0; with a bias it stays as it
+    is. Norms whose gain can't move stay too: `.left` says why.
+    """
+    left: dict[str, str] = {}
+    chosen: list[str] = []
+    done: dict[str, np.ndarray] = {}
+    products = norm_gains(graph.flow)
+    for name, fold in graph.folds.items():
+        gain = _pure_gain(fold)
+        if gain is None or gain.path not in products:
+            continue
+        here = np.broadcast_to(gain.labels >= 0, graph.parameters[gain.path].shape)
+        before = done.get(gain.path, np.zeros(here.shape, bool))
+        why = _immovable(fold, gain, graph.parameters[gain.path].shape)
+        if why:
+            left.setdefault(gain.path, why)
+        elif not (here & before).any():
+            chosen.append(name)
+            done[gain.path] = here | before
+    folded = tuple(p for p in products if p in done and done[p].all())
+    for path in products:
+        if path not in folded and path not in left:
+            left[path] = _why_left(graph, path, path in done)
+    return NormFold(graph, folded, {p: left[p] for p in products if p not in folded}, tuple(chosen))
+
+
+def _pure_gain(fold: Fold) -> Absorber | None:
+    """The only gain that takes up a fold's scale, where nothing but biases takes it up too."""
+    gains = [a for a in fold.absorbers if a.kind.endswith("gain") and a.power < 0]
+    rest = [a for a in fold.absorbers if a.kind != "bias" or a.power > 0]
+    return gains[0] if len(gains) == 1 and rest == gains else None
+
+
+def _immovable(fold: Fold, gain: Absorber, shape: tuple[int, ...]) -> str:
+    """Why a gain can't move, although a scale could; '' if it can."""
+    if fold.positive:
+        return f"only positive factors pass {fold.positive}, and a gain may be negative"
+    labels = np.broadcast_to(gain.labels, shape)
+    used = _tied(fold)[labels[labels >= 0]]
+    return "" if np.unique(used).size == used.size else f"several entries scale one channel of {fold.group}"
+
+
+def _tied(fold: Fold) -> np.ndarray:
+    """The channel that stands for each channel."""
+    return np.arange(int(np.prod(fold.shape))) if fold.ties is None else fold.ties.ravel()
+
+
+def _why_left(graph: Graph, path: str, partly: bool) -> str:
+    if partly:
+        return "only a part of it is read by weights"
+    named = {s.address: g.name for g in graph.groups for s in g.sites}
+    other = ""
+    for product in norm_gains(graph.flow)[path]:
+        found, also = readers(graph.flow, product)
+        for fold in (graph.folds[named[a]] for a in found if a in named):
+            return fold.reason or f"the scale of {fold.group} goes to {fold.describe()}"
+        other = other or also
+    return other or "no weight reads it"
+
+
+def _without_gain(fold: Fold, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a fold whose gain is taken as the scale."""
+    gain = _pure_gain(fold)
+    assert gain is not None
+    value = jnp.asarray(leaves[gain.path])
+    ties = _tied(fold)
+    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    labels = np.broadcast_to(gain.labels, value.shape)
+    whole = wide + jnp.asarray(gain.offset, wide.dtype)
+    scale = jnp.ones(ties.size, wide.dtype).at[ties[labels[labels >= 0]]].set(whole[labels >= 0])
+    stays = ~jnp.isfinite(scale)
+    for a in fold.absorbers:
+        if a.kind == "bias":  # where it can't be divided by the gain, the channel stays as it is
+            bias = jnp.asarray(leaves[a.path])
+            at = np.broadcast_to(a.labels, bias.shape)
+            quotient = (bias.astype(wide.dtype) / scale[ties[np.maximum(at, 0)]]).astype(bias.dtype)
+            stays = stays.at[ties[at[at >= 0]]].max(~jnp.isfinite(quotient)[at >= 0])
+    scale = jnp.where(stays, jnp.ones_like(scale), scale)[ties]
+    moved = (labels >= 0) & ~stays[ties[np.maximum(labels, 0)]]
+    out = {gain.path: jnp.where(moved, jnp.asarray(1 - gain.offset, wide.dtype), wide).astype(value.dtype)}
+    for a in (*fold.absorbers, *fold.consumers):
+        if a is not gain:
+            out[a.path] = _scaled(out.get(a.path, leaves[a.path]), a, scale)
+    return out

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jqopt
 
@@ -236,6 +237,37 @@ def test_every_kernel_is_a_site(case: Case):
     good = {s.path for s in graph.sites if s.reason is None}
     assert kernels(graph) - good == set(case.idle)
     assert not graph.opaque
+
+
+def test_permuting_any_class_keeps_the_function(case: Case):
+    graph = traced(case)
+    assert graph.unknown == ()
+    free = [c for c in graph.classes if c.permutable]
+    assert free
+    want = reference(case)
+    for c in free:
+        order = np.random.default_rng(c.size).permutation(c.size)
+        moved = jqopt.transforms.permute(graph, c, order)(case.model if case.params is None else case.params)
+        assert compared(reference(moved_case(case, moved)), want) < 1e-5, c.name
+
+
+def moved_case(case: Case, params: Any) -> Case:
+    """The case with other parameters: a copy of an NNX module is updated with their state."""
+    if case.params is not None:
+        return case._replace(params=params)
+    model = nnx.merge(*nnx.split(case.model), copy=True)
+    nnx.update(model, params)
+    return case._replace(model=model)
+
+
+def test_groups_are_those_of_the_architecture(case: Case):
+    """Query, key and value, and gate and up, stand together wherever the names say that there are such."""
+    groups = [{s.key for s in g} for g in traced(case).groups]
+    for words in (("query", "key"), ("q_proj", "k_proj"), ("gate_proj", "up_proj")):
+        first = {p for p in kernels(traced(case)) if f"/{words[0]}/" in p and "encoder_attn" not in p}
+        for path in first:
+            other = path.replace(f"/{words[0]}/", f"/{words[1]}/")
+            assert any({path, other} <= g for g in groups), path
 
 
 # What one rounding costs, measured against the float model, grows with depth; 16 codes for weights and
