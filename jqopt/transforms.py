@@ -19,7 +19,7 @@ import numpy as np
 from jqopt import _leaves
 from jqopt._trace import Graph
 from jqopt.analysis.classes import AxisClass
-from jqopt.analysis.folds import Absorber, Fold, norm_gains, readers
+from jqopt.analysis.folds import Absorber, Fold, NormGain, norm_gains
 from jqopt.analysis.groups import Group
 from jqopt.analysis.moves import Moves, checked_keep, checked_order, moves
 from jqopt.errors import PlanError, TraceError
@@ -71,7 +71,7 @@ def _taking(graph: Graph, taken: Moves) -> Transform:
 
 def _take(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     for axis, positions in axes.items():
-        leaf = jnp.take(leaf, positions, axis=axis)
+        leaf = np.take(leaf, positions, axis) if isinstance(leaf, np.ndarray) else jnp.take(leaf, positions, axis=axis)
     return leaf
 
 
@@ -148,15 +148,15 @@ def _checked_scale(fold: Fold, scale: Any) -> np.ndarray:
             names = ", ".join(str(c[0] if len(c) == 1 else c) for c in few) + (", ..." if same.size > 6 else "")
             raise PlanError(
                 f"{fold.group}: channels {names} must have one scale, since {fold.describe()} holds them once; found "
-                f"{flat[one]} and {flat[apart[0]]}. Write graph.folds[{fold.group!r}].project(scale): the nearest scale "
-                "that is allowed"
+                f"{flat[one]} and {flat[apart[0]]}. Write graph.folds[{fold.group!r}].project(scale): the nearest "
+                "scale that is allowed"
             )
     return found
 
 
 def _scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
     """The parameter with the scale taken up, computed in float32 at least."""
-    wide = jnp.asarray(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    wide = _wide(leaf)
     labels = np.maximum(absorber.labels, 0)
     factor = jnp.asarray(scale).reshape(-1)[labels].astype(wide.dtype)
     offset = jnp.asarray(absorber.offset, wide.dtype)
@@ -164,6 +164,11 @@ def _scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
     moved = moved * factor if absorber.power > 0 else moved / factor
     moved = moved - offset if absorber.offset else moved
     return jnp.where(absorber.labels >= 0, moved, wide).astype(leaf.dtype)
+
+
+def _wide(leaf: Any) -> jax.Array:
+    """The same in float32, or in what it is where that is wider."""
+    return jnp.asarray(leaf).astype(leaf.dtype if leaf.dtype.itemsize > 4 else jnp.float32)
 
 
 # --------------------------------------------------------------------------------------------------- norms
@@ -197,24 +202,22 @@ def fold_norms(graph: Graph) -> NormFold:
     left: dict[str, str] = {}
     chosen: list[str] = []
     done: dict[str, np.ndarray] = {}
-    products = norm_gains(graph.flow)
+    gains = norm_gains(graph.flow)
     for name, fold in graph.folds.items():
         gain = _pure_gain(fold)
-        if gain is None or gain.path not in products:
+        if gain is None or gain.path not in gains:
             continue
         here = np.broadcast_to(gain.labels >= 0, graph.parameters[gain.path].shape)
         before = done.get(gain.path, np.zeros(here.shape, bool))
-        why = _immovable(fold, gain, graph.parameters[gain.path].shape)
-        if why:
-            left.setdefault(gain.path, why)
+        stuck = _immovable(fold, gain, graph.parameters[gain.path].shape)
+        if stuck:
+            left.setdefault(gain.path, stuck)
         elif not (here & before).any():
             chosen.append(name)
             done[gain.path] = here | before
-    folded = tuple(p for p in products if p in done and done[p].all())
-    for path in products:
-        if path not in folded and path not in left:
-            left[path] = _why_left(graph, path, path in done)
-    return NormFold(graph, folded, {p: left[p] for p in products if p not in folded}, tuple(chosen))
+    whole = tuple(p for p in gains if p in done and done[p].all())
+    stay = {p: left.get(p) or _why_left(graph, g, p in done) for p, g in gains.items() if p not in whole}
+    return NormFold(graph, whole, stay, tuple(chosen))
 
 
 def _pure_gain(fold: Fold) -> Absorber | None:
@@ -238,17 +241,13 @@ def _tied(fold: Fold) -> np.ndarray:
     return np.arange(int(np.prod(fold.shape))) if fold.ties is None else fold.ties.ravel()
 
 
-def _why_left(graph: Graph, path: str, partly: bool) -> str:
+def _why_left(graph: Graph, gain: NormGain, partly: bool) -> str:
     if partly:
         return "only a part of it is read by weights"
     named = {s.address: g.name for g in graph.groups for s in g.sites}
-    other = ""
-    for product in norm_gains(graph.flow)[path]:
-        found, also = readers(graph.flow, product)
-        for fold in (graph.folds[named[a]] for a in found if a in named):
-            return fold.reason or f"the scale of {fold.group} goes to {fold.describe()}"
-        other = other or also
-    return other or "no weight reads it"
+    for fold in (graph.folds[named[a]] for a in gain.readers if a in named):
+        return fold.reason or f"the scale of {fold.group} goes to {fold.describe()}"
+    return gain.other or "no weight reads it"
 
 
 def _without_gain(fold: Fold, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +256,7 @@ def _without_gain(fold: Fold, leaves: Mapping[str, Any]) -> dict[str, Any]:
     assert gain is not None
     value = jnp.asarray(leaves[gain.path])
     ties = _tied(fold)
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = _wide(value)
     labels = np.broadcast_to(gain.labels, value.shape)
     whole = wide + jnp.asarray(gain.offset, wide.dtype)
     scale = jnp.ones(ties.size, wide.dtype).at[ties[labels[labels >= 0]]].set(whole[labels >= 0])
