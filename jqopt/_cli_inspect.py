@@ -15,7 +15,6 @@ from jqopt._ops import Weight
 from jqopt._plan import Decision, describe
 from jqopt._report import Report, size
 from jqopt._table import table
-from jqopt._trace import Graph, Site
 from jqopt.export.checkpoint import Checkpoint
 from jqopt.export.manifest import Manifest, tensor_from
 
@@ -105,25 +104,6 @@ def _kernel(weight: Weight, d: Decision, m: int, device: str) -> dict[str, Any]:
     name = _ops.chosen(weight, d.input_format, m, device)
     others = [pair for pair in _ops.explain(weight, d.input_format, m, device) if pair[0] != name]
     return {"rows": m, "kernel": name, "not": {kernel: why for kernel, why in others if why is not None}}
-
-
-def graph_facts(graph: Graph) -> dict[str, Any]:
-    """A traced model as JSON data."""
-    return {
-        "model": {"kind": graph.function.kind, "name": graph.function.name},
-        "sites": [_site_facts(site) for site in graph.sites],
-        "opaque": [{"primitive": o.primitive, "scope": o.scope, "reason": o.reason} for o in graph.opaque],
-        "parameters": {p: {"shape": list(s.shape), "dtype": str(s.dtype)} for p, s in graph.parameters.items()},
-    }
-
-
-def _site_facts(site: Site) -> dict[str, Any]:
-    sizes = {part: math.prod(a.size for a in getattr(site, part)) for part in ("stack", "rows", "cols")}
-    return {
-        "site": site.key, "op": site.op, "path": site.path, "module": site.module, "shape": list(site.shape),
-        "dtype": site.dtype, "matrices": sizes["stack"], "n": sizes["rows"], "k": sizes["cols"],
-        "activation": site.activation if site.activation >= 0 else None, "reason": site.reason,
-    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- as text

@@ -162,16 +162,24 @@ def trace(
     batch: Batch = 8,
     scan_layers: Scan = False,
     dtype: Dtype = DtypeName.FLOAT32,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with a drawing of the graph.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
-    """Every site of a model: the operations that read a parameter, and what can't be quantized and why."""
-    from jqopt._cli_inspect import graph_facts
+    """A model's sites (operations that read a parameter), groups, folds and axis classes; what can't be and why."""
+    from jqopt import _cli_trace
     from jqopt._cli_models import load
+    from jqopt._trace_page import page
 
     loaded = load(model, scan_layers=scan_layers, dtype=dtype.value, weights=False)
     graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
-    return Shown(graph_facts(graph), str(graph))
+    facts = _cli_trace.facts(graph)
+    if html is not None:
+        html.write_text(page(facts), encoding="utf-8")
+        note(f"wrote {html}")
+    return Shown(facts, _cli_trace.text(graph, facts))
 
 
 @app.command()

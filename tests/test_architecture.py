@@ -15,8 +15,8 @@ KERNELS = ROOT / "kernels" / "jqopt_kernels"
 
 # Ground first. A module imports from floors below its own and from its own folder, not from beside or above.
 FLOORS: list[set[str]] = [
-    {"errors", "_compat", "_table", "_view"},
-    {"formats"},
+    {"errors", "_compat", "_table", "_view", "_trace_layout"},
+    {"formats", "_trace_page"},
     {"_numerics"},
     {"_qtensor"},
     {"_ops"},
@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"_cli_print"},
     {"_cli_data"},
     {"_cli_models"},
-    {"_cli_inspect", "_cli_evaluate", "_cli_quantize"},
+    {"_cli_inspect", "_cli_trace", "_cli_evaluate", "_cli_quantize"},
     {"cli"},
     {"__main__"},
 ]

@@ -59,7 +59,8 @@ def _group(sites: tuple[Any, ...], at: dict, meeting: dict[frozenset[str], Equat
     sets = _components([s.key for s in sites], meeting)
     for keys in sets:
         where = next(e for pair, e in meeting.items() if pair <= set(keys))
-        reason += f"; {', '.join(keys)} meet in {where.op} ({line(where) or where.scope})"
+        whose = "their outputs" if len(keys) == len(sites) else f"the outputs of {', '.join(keys)}"
+        reason += f"; {whose} meet in {where.op} ({line(where) or where.scope})"
     return Group(first.key, sites, reason, sets)
 
 
