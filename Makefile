@@ -16,7 +16,7 @@ help:
 demo: $(READY)  ## quantize the tiny language model of examples/tinylm and show what it costs
 	@JAX_PLATFORMS=cpu $(BIN)/python examples/tinylm/demo.py
 
-test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or thirdparty")
+test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or browser or thirdparty")
 	@$(BIN)/python -m pytest -n $(WORKERS) -q
 
 thirdparty: $(READY)  ## models that others wrote, installed beside the environment

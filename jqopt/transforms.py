@@ -125,12 +125,7 @@ def _checked_scale(fold: Fold, scale: Any) -> np.ndarray:
         raise PlanError(
             f"{fold.group}: no parameter can take up a scale of its input: {fold.reason}. Leave this input unscaled"
         )
-    found = np.asarray(scale).astype(np.float32)
-    if found.shape != fold.shape:
-        raise PlanError(
-            f"{fold.group}: the scale has shape {list(found.shape)}, expected {list(fold.shape)}: one for each "
-            + ("channel of the input" if len(fold.shape) == 1 else "layer and channel of the input")
-        )
+    found = fold.shaped(scale)
     bad = np.argwhere(~(np.isfinite(found) & (found > 0)))
     if bad.size:
         at = tuple(map(int, bad[0]))
@@ -163,7 +158,8 @@ def _scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
     moved = wide + offset if absorber.offset else wide
     moved = moved * factor if absorber.power > 0 else moved / factor
     moved = moved - offset if absorber.offset else moved
-    return jnp.where(absorber.labels >= 0, moved, wide).astype(leaf.dtype)
+    touched = absorber.labels >= 0
+    return (moved if touched.all() else jnp.where(touched, moved, wide)).astype(leaf.dtype)
 
 
 def _wide(leaf: Any) -> jax.Array:
@@ -174,7 +170,7 @@ def _wide(leaf: Any) -> jax.Array:
 # --------------------------------------------------------------------------------------------------- norms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NormFold:
     """A function `params -> params` that multiplies norm gains into the weights that read them."""
 
