@@ -23,6 +23,7 @@ from jqopt._view import Atom, View
 from jqopt.analysis.axis_rules import Rule
 from jqopt.analysis.classes import AxisClass, AxisGraph, Symbol, Unknown, analyse
 from jqopt.analysis.flow import Flow, flow
+from jqopt.analysis.folds import Fold, folds
 from jqopt.analysis.groups import Group, groups
 from jqopt.errors import JqoptError, TraceError
 
@@ -209,10 +210,8 @@ class Graph:
         return groups(self.flow, self.sites)
 
     @functools.cached_property
-    def folds(self) -> Mapping[str, Any]:
+    def folds(self) -> Mapping[str, Fold]:
         """Where a scale on each group's input can be absorbed, by the group's name."""
-        from jqopt.analysis.folds import folds
-
         return folds(self.flow, self.groups)
 
 

@@ -27,22 +27,36 @@ from jqopt.errors import PlanError, TraceError
 Transform = Callable[[Any], Any]
 
 
-def prune(graph: Graph, cls: AxisClass | str, keep: Sequence[int] | np.ndarray) -> Transform:
+def prune(
+    graph: Graph,
+    cls: AxisClass | str | Mapping[str, Sequence[int] | np.ndarray],
+    keep: Sequence[int] | np.ndarray | None = None,
+) -> Transform:
     """Takes positions of an axis class out of every parameter that holds it.
 
     The result fits the same model built with the smaller width. Where no statistic goes over the class (`cls.notes`),
-    it computes what the whole model computes with the other positions set to zero.
+    it computes what the whole model computes with the other positions set to zero. Transforms of one graph can follow
+    each other as long as they don't shorten one axis twice; for that, and to be short, give several classes at once.
 
     Args:
-        cls: a class of `graph.classes`, its name, or the name of an axis that is one class (`mlp/up/kernel[1]`).
-        keep: the positions that stay, as numbers or as booleans [cls.size].
+        cls: a class of `graph.classes`, its name, or the name of an axis that is one class (`mlp/up/kernel[1]`); or a
+            mapping of such names to the positions that stay.
+        keep: the positions that stay, as numbers or as booleans [cls.size]; left out with a mapping.
 
     Raises:
-        PlanError: the class is pinned (the message says why), or `keep` doesn't name positions of it.
+        PlanError: a class is pinned (the message says why), or `keep` doesn't name positions of it.
         TraceError: there is no such class.
     """
-    found = _class(graph, cls)
-    return _taking(graph, moves(graph.axes, found, checked_keep(found, keep)))
+    asked = cls if isinstance(cls, Mapping) else {cls: keep}
+    chosen: dict[str, np.ndarray] = {}
+    for name, positions in asked.items():
+        found = _class(graph, name)
+        if positions is None or (keep is not None and isinstance(cls, Mapping)):
+            raise PlanError(f"{found.name}: write prune(graph, class, keep), or prune(graph, {{class: keep, ...}})")
+        if found.name in chosen:
+            raise PlanError(f"{found.name} is named twice, the second time as {name}; say once what is kept of it")
+        chosen[found.name] = checked_keep(found, positions)
+    return _taking(graph, moves(graph.axes, chosen))
 
 
 def permute(graph: Graph, cls: AxisClass | str, order: Sequence[int] | np.ndarray) -> Transform:
@@ -55,18 +69,22 @@ def permute(graph: Graph, cls: AxisClass | str, order: Sequence[int] | np.ndarra
         TraceError: there is no such class.
     """
     found = _class(graph, cls)
-    return _taking(graph, moves(graph.axes, found, checked_order(found, order)))
+    return _taking(graph, moves(graph.axes, {found.name: checked_order(found, order)}))
 
 
 def _class(graph: Graph, cls: AxisClass | str) -> AxisClass:
-    return graph.class_of(cls) if isinstance(cls, str) else cls
+    if isinstance(cls, str):
+        return graph.class_of(cls)
+    if cls not in graph.classes:
+        raise TraceError(f"{cls.name} is no class of this graph of {graph.function.name}: take one of `graph.classes`")
+    return cls
 
 
 def _taking(graph: Graph, taken: Moves) -> Transform:
     def new(leaves: Mapping[str, Any]) -> dict[str, Any]:
         return {name: _take(leaves[name], axes) for name, axes in taken.items()}
 
-    return lambda params: _leaves.change(graph, params, new)
+    return lambda params: _leaves.change(graph, params, new, taken)
 
 
 def _take(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:

@@ -47,7 +47,7 @@ class Node:
     __slots__ = ("kind", "notes", "order", "parent", "parts", "pins", "size")
 
     def __init__(self, size: int, kind: str = LEAF, parts: Sequence[Node] = ()):
-        self.size = size
+        self.size = int(size)
         self.kind = kind
         self.parts = tuple(parts)
         self.parent: Node | None = None
@@ -428,7 +428,7 @@ def _places(node: Node, stride: int, start: int, segment: tuple[int, int] | None
     elif node.kind == PRODUCT:
         parts = factors(node)
         for i, part in enumerate(parts):
-            inner = stride * math.prod(p.size for p in parts[i + 1 :])
+            inner = stride * math.prod(int(p.size) for p in parts[i + 1 :])
             yield from _places(part, inner, start, segment, f"{trail}.{i}")
     else:
         at = start

@@ -58,8 +58,11 @@ def unknown(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def source(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
-    """Made from nothing (random bits): the axes are free."""
-    return [axes(v.shape) for v in eqn.outputs]
+    """Made from nothing (random bits): the axes are free, but what they become one with is drawn anew."""
+    out = [axes(v.shape) for v in eqn.outputs]
+    for axis in (a for row in out for a in row):
+        note(axis, f"{eqn.op} draws along it: other positions draw other numbers", eqn)
+    return out
 
 
 # ------------------------------------------------------------------------------------------- rearrangements
@@ -410,16 +413,19 @@ def _unshard(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def _collective(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
-    """psum and the like: axes of unchanged length pass, others are pinned."""
+    """psum and the like: axes of unchanged length pass, unless the parameters name them; others are pinned."""
+    reason = f"{eqn.op} moves its parts between devices"
+    named = ("split_axis", "concat_axis", "all_gather_dimension", "scatter_dimension", "axis")
+    moved = {d for key in named if isinstance(d := eqn.params.get(key), int)}
     out = []
     for operand, value in zip(operands, eqn.outputs, strict=False):
         if len(operand) != value.ndim:
             return unknown(eqn, operands)
         row = []
-        for axis, n in zip(operand, value.shape, strict=True):
-            if find(axis).size != n:
-                pin(axis, f"{eqn.op} moves its parts between devices", eqn)
-                axis = pinned(n, f"{eqn.op} moves its parts between devices", eqn)
+        for d, (axis, n) in enumerate(zip(operand, value.shape, strict=True)):
+            if find(axis).size != n or d in moved:
+                pin(axis, reason, eqn)
+                axis = pinned(n, reason, eqn)
             row.append(axis)
         out.append(tuple(row))
     return out

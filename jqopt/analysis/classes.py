@@ -7,6 +7,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jqopt.analysis import axis_rules
 from jqopt.analysis.axes import (
     Axes,
@@ -24,6 +26,7 @@ from jqopt.analysis.axes import (
 )
 from jqopt.analysis.axis_rules import Rule
 from jqopt.analysis.flow import SLICE, STACK, Equation, Flow, Loop, Value, line
+from jqopt.errors import TraceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +194,9 @@ def analyse(flow: Flow, sites: Sequence[Any] = (), rules: Mapping[str, Rule] | N
     for value in flow.outputs:
         for i, axis in enumerate(walk.of(value)):
             pin(axis, f"axis {i} of the model's output")
+    for value in flow.leaves:
+        for axis, read in zip(walk.axes[value], _positions_read(value), strict=True):
+            _pin_unread(axis, read)
     roles = _roles(flow, sites)
     symbols, nodes = [], {}
     for value in flow.leaves:
@@ -200,6 +206,30 @@ def analyse(flow: Flow, sites: Sequence[Any] = (), rules: Mapping[str, Rule] | N
             symbols.append(symbol)
             nodes[symbol.name] = walk.axes[value][i]
     return AxisGraph(tuple(symbols), nodes, tuple(walk.unknown))
+
+
+def _positions_read(value: Value) -> list[np.ndarray]:
+    """For each axis, which positions are read by anything: a boolean each."""
+    read = [np.full(n, value.returned) for n in value.shape]
+    for eqn, _ in value.uses:
+        if eqn.op == "slice":
+            p = eqn.params
+            steps = p["strides"] or (1,) * value.ndim
+            for mask, start, limit, step in zip(read, p["start_indices"], p["limit_indices"], steps, strict=True):
+                mask[start:limit:step] = True
+        elif eqn.op == "convert_element_type":
+            read = [a | b for a, b in zip(read, _positions_read(eqn.outputs[0]), strict=True)]
+        else:
+            return [np.full(n, True) for n in value.shape]
+    return read
+
+
+def _pin_unread(axis: Node, read: np.ndarray) -> None:
+    """What nothing reads at these shapes may be read at others: positions of longer inputs."""
+    for place in places(axis) if not read.all() else ():
+        start, length = place.segment
+        if not read[start : start + length].any():
+            pin(place.leaf, "nothing reads it at these input shapes")
 
 
 def _numbered(value: Value) -> list[tuple[int, int]]:
@@ -258,7 +288,14 @@ class _Walk:
         rule = self.rules.get(eqn.op)
         if rule is None:
             return self._unknown(eqn, operands)
-        return rule(eqn, operands)
+        results = rule(eqn, operands)
+        made, expected = [len(row) for row in results], [v.ndim for v in eqn.outputs]
+        if made != expected:
+            raise TraceError(
+                f"the axis rule of {eqn.op} gave results of rank {made}, expected {expected}: one tuple of axes for "
+                f"each result ({line(eqn) or eqn.scope})"
+            )
+        return results
 
     def _unknown(self, eqn: Equation, operands: Sequence[Axes]) -> Sequence[Axes]:
         params = tuple(sorted({v.name for v in ancestors(eqn.inputs) if v.kind == "parameter"}))

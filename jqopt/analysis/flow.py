@@ -75,7 +75,7 @@ class Equation:
     outputs: tuple[Value, ...]
     address: Address
     scope: str
-    source: Any  # JAX's source information
+    source: tuple[Any, ...]  # JAX's source information: its own, then that of the calls it stands in, innermost first
     loops: tuple[Loop, ...] = ()
 
     def __repr__(self) -> str:
@@ -128,7 +128,15 @@ class _Build:
     def __init__(self) -> None:
         self.equations: list[Equation] = []
 
-    def run(self, jaxpr: Any, values: Sequence[Value], address: Address, scope: str, loops: tuple[Loop, ...]) -> list:
+    def run(
+        self,
+        jaxpr: Any,
+        values: Sequence[Value],
+        address: Address,
+        scope: str,
+        loops: tuple[Loop, ...],
+        callers: tuple[Any, ...] = (),
+    ) -> list:
         jaxpr, _ = open_jaxpr(jaxpr)
         env: dict[Any, Value] = {v: Value(*_aval(v), "constant", loops=loops) for v in jaxpr.constvars}
         env.update(zip(jaxpr.invars, values, strict=True))
@@ -141,7 +149,8 @@ class _Build:
 
         for i, eqn in enumerate(jaxpr.eqns):
             inside = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
-            outs = self.equation(eqn, [read(a) for a in eqn.invars], (*address, i), inside, loops)
+            at = ((*address, i), inside, (eqn.source_info, *callers))
+            outs = self.equation(eqn, [read(a) for a in eqn.invars], at, loops)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
@@ -151,7 +160,7 @@ class _Build:
         params: Mapping[str, Any],
         inputs: Sequence[Value],
         outputs: Sequence[tuple],
-        at: tuple[Address, str, Any],
+        at: tuple[Address, str, tuple[Any, ...]],
         loops: tuple[Loop, ...],
         of_loops: tuple[Loop, ...] | None = None,
     ) -> tuple[Value, ...]:
@@ -166,14 +175,13 @@ class _Build:
         self.equations.append(equation)
         return made
 
-    def equation(self, eqn: Any, ins: list[Value], address: Address, scope: str, loops: tuple[Loop, ...]) -> Sequence:
-        name = eqn.primitive.name
-        at = (address, scope, eqn.source_info)
+    def equation(self, eqn: Any, ins: list[Value], at: tuple, loops: tuple[Loop, ...]) -> Sequence:
+        name, (address, scope, callers) = eqn.primitive.name, at
         if name in ("scan", "while", "cond", "shard_map"):
             return getattr(self, "_" + name)(eqn, ins, at, loops)
         inner = inner_jaxpr(eqn)
         if inner is not None:
-            return self.run(inner, ins, (*address, 0), scope, loops)
+            return self.run(inner, ins, (*address, 0), scope, loops, callers)
         return self.add(name, eqn.params, ins, [_aval(o) for o in eqn.outvars], at, loops)
 
     def _enter(self, body: Any, init: Sequence[Value], offset: int, at: tuple, inner: tuple[Loop, ...]) -> list[Value]:
@@ -200,7 +208,7 @@ class _Build:
         inner = (*loops, Loop(at[0], p["length"], n_carry > 0))
         carry = self._enter(body, init, n_const, at, inner)
         layers = [self.add(SLICE, {}, [x], [(x.shape[1:], x.dtype)], at, inner)[0] for x in xs]
-        outs = self.run(body, [*ins[:n_const], *carry, *layers], (*at[0], 0), at[1], inner)
+        outs = self.run(body, [*ins[:n_const], *carry, *layers], (*at[0], 0), at[1], inner, at[2])
         result = self._leave(init, carry, outs[:n_carry], at, loops)
         echo = dict(zip(layers, xs, strict=True))
         for y, var in zip(outs[n_carry:], eqn.outvars[n_carry:], strict=True):
@@ -214,12 +222,12 @@ class _Build:
         init = ins[n_cond + n_body :]
         inner = (*loops, Loop(at[0], None, True))
         carry = self._enter(body, init, n_body, at, inner)
-        self.run(p["cond_jaxpr"], [*ins[:n_cond], *carry], (*at[0], 0), at[1], inner)
-        outs = self.run(body, [*ins[n_cond : n_cond + n_body], *carry], (*at[0], 1), at[1], inner)
+        self.run(p["cond_jaxpr"], [*ins[:n_cond], *carry], (*at[0], 0), at[1], inner, at[2])
+        outs = self.run(body, [*ins[n_cond : n_cond + n_body], *carry], (*at[0], 1), at[1], inner, at[2])
         return self._leave(init, carry, outs, at, loops)
 
     def _cond(self, eqn: Any, ins: list[Value], at: tuple, loops: tuple[Loop, ...]) -> Sequence:
-        outs = [self.run(b, ins[1:], (*at[0], i), at[1], loops) for i, b in enumerate(eqn.params["branches"])]
+        outs = [self.run(b, ins[1:], (*at[0], i), at[1], loops, at[2]) for i, b in enumerate(eqn.params["branches"])]
         joined = zip(zip(*outs, strict=True), eqn.outvars, strict=True)
         return [
             values[0] if all(v is values[0] for v in values)
@@ -235,7 +243,7 @@ class _Build:
             else self.add(SHARD, _parts(p["mesh"], spec), [v], [_aval(var)], at, loops)[0]
             for v, var, spec in zip(ins, inner.invars, p["in_specs"], strict=True)
         ]  # fmt: skip
-        outs = self.run(inner, local, (*at[0], 0), at[1], loops)
+        outs = self.run(inner, local, (*at[0], 0), at[1], loops, at[2])
         return [
             v if tuple(var.aval.shape) == v.shape
             else self.add(UNSHARD, _parts(p["mesh"], spec), [v], [_aval(var)], at, loops)[0]
@@ -257,10 +265,13 @@ _OWN = tuple(str(pathlib.Path(__file__).parents[1] / name) for name in ("fronten
 
 
 def line(equation: Equation) -> str:
-    """The line of the user's program that made an equation: `model.py:12 (Attention.__call__)`; '' if unknown."""
-    traceback = getattr(equation.source, "traceback", None)
-    frames = [] if traceback is None else traceback.frames
-    for frame in frames:
-        if not frame.file_name.startswith((*_LIBRARIES, *_OWN, "<")):
-            return f"{pathlib.Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
+    """The line of the user's program that made an equation: `model.py:12 (Attention.__call__)`; '' if unknown.
+
+    JAX keeps the traceback of a library's jitted function only down to that function: then its caller's line counts.
+    """
+    for source in equation.source:
+        traceback = getattr(source, "traceback", None)
+        for frame in [] if traceback is None else traceback.frames:
+            if not frame.file_name.startswith((*_LIBRARIES, *_OWN, "<")):
+                return f"{pathlib.Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
     return ""

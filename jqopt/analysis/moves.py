@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jqopt.analysis.axes import Node, find, leaves, select
+from jqopt.analysis.axes import find, leaves, select
 from jqopt.analysis.classes import AxisClass, AxisGraph
 from jqopt.errors import PlanError
 
@@ -14,18 +14,14 @@ Moves = Mapping[str, Mapping[int, np.ndarray]]
 """{leaf of the tree: {axis: positions to take, in order}}."""
 
 
-def moves(graph: AxisGraph, cls: AxisClass, chosen: np.ndarray) -> Moves:
-    """What taking the positions `chosen` of a class means for every leaf that holds it."""
-    leaf = find(graph.leaf_of[cls.name])
-
-    def choose(node: Node) -> np.ndarray | None:
-        return chosen if node is leaf else None
-
+def moves(graph: AxisGraph, chosen: Mapping[str, np.ndarray]) -> Moves:
+    """What taking the positions `chosen` of classes, by their names, means for every leaf that holds them."""
+    taken = {find(graph.leaf_of[name]): positions for name, positions in chosen.items()}
     out: dict[str, dict[int, np.ndarray]] = {}
     for symbol in graph.symbols:
         node = graph.nodes[symbol.name]
-        if any(found is leaf for found in leaves(node)):
-            out.setdefault(symbol.path, {})[symbol.axis] = select(node, choose)
+        if any(leaf in taken for leaf in leaves(node)):
+            out.setdefault(symbol.path, {})[symbol.axis] = select(node, taken.get)
     return out
 
 
@@ -37,7 +33,8 @@ def checked_keep(cls: AxisClass, keep: Sequence[int] | np.ndarray) -> np.ndarray
     """
     if cls.pinned is not None:
         raise PlanError(f"{cls.name} can't be pruned: {cls.pinned}")
-    found = _positions(cls, keep)
+    given = np.asarray(keep)
+    found = _positions(cls, np.flatnonzero(given) if given.dtype == bool and given.shape == (cls.size,) else given)
     if found.size == 0:
         raise PlanError(f"{cls.name}: nothing is kept of its {cls.size} positions; name at least one")
     return np.sort(found)
@@ -51,19 +48,17 @@ def checked_order(cls: AxisClass, order: Sequence[int] | np.ndarray) -> np.ndarr
     """
     if not cls.permutable:
         raise PlanError(f"{cls.name} can't be permuted: {cls.pinned or '; '.join(cls.notes)}")
-    found = _positions(cls, order)
+    found = _positions(cls, np.asarray(order))
     if found.size != cls.size:
         raise PlanError(f"{cls.name}: found {found.size} positions, expected each of its {cls.size} once")
     return found
 
 
-def _positions(cls: AxisClass, given: Sequence[int] | np.ndarray) -> np.ndarray:
-    found = np.asarray(given)
-    if found.dtype == bool and found.shape == (cls.size,):
-        found = np.flatnonzero(found)
+def _positions(cls: AxisClass, found: np.ndarray) -> np.ndarray:
     if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
         raise PlanError(
-            f"{cls.name}: found {found.dtype}{list(found.shape)}, expected whole numbers [n], or booleans [{cls.size}]"
+            f"{cls.name}: found {found.dtype}{list(found.shape)}, expected whole numbers [n] (for what is kept also "
+            f"booleans [{cls.size}])"
         )
     wrong = [int(i) for i in found if not 0 <= i < cls.size]
     if wrong:
