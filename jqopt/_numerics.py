@@ -4,6 +4,9 @@ Every function is elementwise or a reduction, so XLA fuses it, and gives the sam
 scan, and on every device. Three rules keep it so: no division by a constant or a broadcast value except through
 `divide`; powers of two are made from their exponent bits; a number below `TINY` counts as zero (XLA's CPU backend
 flushes subnormals, so they are never relied upon).
+
+What runs at every activation is written in `lax`, and in as few operations as it takes: a model compiles it once for
+each site, and an operator of `jnp` takes three times as long to trace.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ def divide(x: Array | float, y: Array | float) -> Array:
     XLA turns `x / constant` and `x / broadcast(s)` into a product with the reciprocal, which differs in a third of all
     results; a divisor that depends on x (only formally: x != x is false) keeps the division.
     """
-    return x / jnp.where(x != x, 1.0, y)
+    if not (isinstance(x, Array) and isinstance(y, Array)):
+        return x / jnp.where(x != x, 1.0, y)
+    x, y = jnp.broadcast_arrays(x, y) if x.shape != y.shape else (x, y)
+    return lax.div(x, lax.select_n(lax.ne(x, x), y, lax.full_like(y, 1.0)))
 
 
 # Elements: one code for one value -----------------------------------------------------------------------------------
@@ -75,37 +81,65 @@ def round_to(x: Array, element: Element) -> Array:
         return jnp.clip(jnp.round(x), element.min, element.max).astype(jnp.int32).astype(jnp.float32)
     if element.kind == "table":
         return _select(_count_above(x, element), element.table)
-    sign, exponent, steps = _round_steps(x, element)
-    magnitude = steps * from_bits((exponent - element.mantissa_bits) << 23)
-    return from_bits(to_bits(magnitude) | sign)
+    bits = to_bits(x)
+    return from_bits(
+        lax.bitwise_or(to_bits(_round_magnitude(_magnitude(bits, element), element)), _sign(bits, element))
+    )
 
 
 def to_bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return lax.bitcast_convert_type(x if x.dtype == jnp.float32 else x.astype(jnp.float32), np.uint32)
 
 
 def from_bits(bits: Array) -> Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return lax.bitcast_convert_type(bits, np.float32)
 
 
-def _round_steps(x: Array, element: Element) -> tuple[Array, Array, Array]:
-    """Sign bit, float32 exponent field of the value's binade, and |x| as a whole number of the binade's steps."""
-    bits = to_bits(x)
-    largest = int(np.float32(element.max).view(np.uint32))
-    magnitude = jnp.minimum(bits & _MAGNITUDE, largest)
-    exponent = jnp.maximum(magnitude >> 23, 128 - element.bias)
-    inv_step = from_bits((254 + element.mantissa_bits - exponent) << 23)
-    steps = jnp.round(from_bits(magnitude) * inv_step)
-    sign = bits & np.uint32(_SIGN)
-    if not element.signed_zero:
-        sign = jnp.where(magnitude < _SMALLEST_NORMAL, 0, sign)
-    return sign, exponent, steps
+def _word(x: float) -> np.uint32:
+    """The bits of a float32 constant."""
+    return np.float32(x).view(np.uint32)
+
+
+def _magnitude(bits: Array, element: Element) -> Array:
+    """The bits of |x|, at most those of the element's largest value (NaN too)."""
+    return lax.min(lax.bitwise_and(bits, np.uint32(_MAGNITUDE)), _word(element.max))
+
+
+def _sign(bits: Array, element: Element) -> Array:
+    """The sign bit; none of a zero, unless the element has signed zeros."""
+    sign = lax.bitwise_and(bits, np.uint32(_SIGN))
+    if element.signed_zero:
+        return sign
+    zero = lax.lt(lax.bitwise_and(bits, np.uint32(_MAGNITUDE)), np.uint32(_SMALLEST_NORMAL))
+    return lax.select_n(zero, sign, lax.full_like(sign, 0))
+
+
+def _steps(magnitude: Array, element: Element) -> tuple[Array, Array]:
+    """Bits of the power of two at or below the value (of the smallest normal one below it); the value in its steps.
+
+    A power of two is its exponent bits alone: one `and` finds it, and subtractions of bits divide by it.
+    """
+    power = lax.max(lax.bitwise_and(magnitude, np.uint32(_INFINITY)), _word(2.0 ** (1 - element.bias)))
+    inv_step = from_bits(lax.sub(np.uint32((254 + element.mantissa_bits) << 23), power))
+    return power, lax.round(lax.mul(from_bits(magnitude), inv_step), lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _round_magnitude(magnitude: Array, element: Element) -> Array:
+    """The float32 with these bits (not negative, at most the largest value), rounded to the element's values."""
+    power, steps = _steps(magnitude, element)
+    return lax.mul(steps, from_bits(lax.sub(power, np.uint32(element.mantissa_bits << 23))))
 
 
 def _encode_float(x: Array, element: Element) -> Array:
-    sign, exponent, steps = _round_steps(x, element)
-    binade = (exponent - (128 - element.bias)) << element.mantissa_bits
-    return (binade + steps.astype(jnp.uint32) | sign >> (32 - element.bits)).astype(jnp.uint8)
+    bits = to_bits(x)
+    power, steps = _steps(_magnitude(bits, element), element)
+    binade = lax.shift_right_logical(
+        lax.sub(power, _word(2.0 ** (1 - element.bias))), np.uint32(23 - element.mantissa_bits)
+    )
+    steps = lax.convert_element_type(lax.convert_element_type(steps, np.int32), np.uint32)  # CPUs convert to signed
+    code = lax.add(binade, steps)
+    sign = lax.shift_right_logical(_sign(bits, element), np.uint32(32 - element.bits))
+    return lax.convert_element_type(lax.bitwise_or(code, sign), np.uint8)
 
 
 def _decode_float(codes: Array, element: Element) -> Array:
@@ -232,7 +266,8 @@ def amax_of(x: Array, axis: tuple[int, ...] | None = None) -> Array:
     The maximum is taken over the bits: these rank as the values do and NaN ranks highest, while a float maximum drops
     NaN on XLA's CPU backend. Its gradient is zero.
     """
-    return from_bits(jnp.max(to_bits(x) & _MAGNITUDE, axis=axis, initial=0))
+    axes = tuple(range(x.ndim)) if axis is None else tuple(a % x.ndim for a in axis)
+    return from_bits(lax.reduce_max(lax.bitwise_and(to_bits(x), np.uint32(_MAGNITUDE)), axes))
 
 
 def scale_from_amax(amax: Array, format: Format) -> Array:
@@ -263,13 +298,15 @@ def _safe(scale: Array) -> Array:
 def _exponent_from_amax(amax: Array, largest: float) -> Array:
     """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for 0, 127 for inf, 255 for NaN.
 
-    This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the OCP text
-    rounds it down.
+    As uint32. This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the
+    OCP text rounds it down.
     """
-    ratio = to_bits(divide(amax, largest))
-    exponent = (ratio >> 23) + ((ratio & 0x7FFFFF) != 0).astype(jnp.uint32)
-    exponent = jnp.where(ratio >= _INFINITY, jnp.where(ratio == _INFINITY, 127, _E8M0_NAN), exponent)
-    return jnp.where(ratio < _SMALLEST_NORMAL, 0, exponent).astype(jnp.uint8)
+    ratio = to_bits(divide(amax, lax.full_like(amax, largest)))
+    exponent = lax.shift_right_logical(lax.add(ratio, np.uint32(0x7FFFFF)), np.uint32(23))  # any mantissa carries
+    known = lax.select_n(
+        lax.eq(ratio, np.uint32(_INFINITY)), lax.min(exponent, np.uint32(_E8M0_NAN)), lax.full_like(exponent, 127)
+    )
+    return lax.select_n(lax.lt(ratio, np.uint32(_SMALLEST_NORMAL)), known, lax.full_like(known, 0))
 
 
 def decode_scale(scale: Array, format: Format) -> Array:
@@ -282,10 +319,13 @@ def decode_scale(scale: Array, format: Format) -> Array:
 
 
 class _Scales(NamedTuple):
-    """Per tile, [..., rows, cols]: the stored leaf, the divisor the codes are made with, zero point; and the global."""
+    """Per tile, [..., rows, cols]: the scale before it is encoded, the divisor of the values, zero point; the global.
 
-    stored: Array
-    divisor: Array
+    `raw` is float32, or uint32 bits of an e8m0 (which has no divisor: its codes are made by a product).
+    """
+
+    raw: Array
+    divisor: Array | None
     global_scale: Array | None = None
     zero_point: Array | None = None
 
@@ -296,8 +336,7 @@ def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor
     given = tensor_amax is not None or tensor_scale is not None
     amax = amax_of(tiles, (-3, -1))
     if format.scale.name == "e8m0":
-        stored = _exponent_from_amax(amax, format.element.max)
-        return _Scales(stored, decode_scale(stored, format))
+        return _Scales(_exponent_from_amax(amax, format.element.max), None)
     if not (format.global_scale or given):
         scale = scale_from_amax(amax, format)
         return _Scales(scale, scale)
@@ -313,10 +352,15 @@ def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor
 def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scales:
     """Block scales in e4m3 under a float32 global one (ModelOpt's export): e4m3(amax / (6 * global))."""
     whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
-    scale = divide(amax, (whole * format.element.max)[..., None, None])
-    scale = jnp.where(scale == 0, 1.0, jnp.clip(scale, 2.0**-9, E4M3.max))
-    stored = encode(scale, E4M3)
-    return _Scales(stored, decode(stored, E4M3) * whole[..., None, None], whole)
+    scale = divide(amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
+    rounded = round_to(lax.clamp(np.float32(2.0**-9), scale, np.float32(E4M3.max)), E4M3)
+    scale = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
+    return _Scales(scale, lax.mul(scale, _per_matrix(whole, scale)), whole)
+
+
+def _per_matrix(x: Array, tiles: Array) -> Array:
+    """[...] repeated for the tiles [..., rows, cols] of each matrix."""
+    return lax.broadcast_in_dim(x, tiles.shape, tuple(range(x.ndim)))
 
 
 def _asymmetric_scales(tiles: Array, format: Format) -> _Scales:
@@ -357,7 +401,14 @@ def quantize_matrix(
         codes = encode(scaled, format.element)
     data = from_tiles(codes, *x.shape[-2:])
     data = pack(data, format.element.bits) if packed else data
-    return Codes(data, scales.stored, scales.global_scale, scales.zero_point)
+    return Codes(data, _stored(scales.raw, format), scales.global_scale, scales.zero_point)
+
+
+def _stored(scale: Array, format: Format) -> Array:
+    """Scales as they are stored; an e4m3 here is already rounded."""
+    if format.scale.name == "e8m0":
+        return scale.astype(jnp.uint8)
+    return encode(scale, E4M3) if format.scale.name == "e4m3" else scale
 
 
 def dequantize_matrix(
@@ -392,9 +443,9 @@ def qdq_matrix(
         values = _shifted(scaled, scales.zero_point, format) - spread(scales.zero_point.astype(jnp.float32))
     else:
         values = round_to(scaled, format.element)
-    if format.scale.name == "e8m0":
-        return from_tiles(_times_power(values, spread(scales.stored)), *x.shape[-2:])
-    return from_tiles(values * spread(scales.divisor), *x.shape[-2:])
+    if scales.divisor is None:
+        return from_tiles(_times_power(values, spread(scales.raw)), *x.shape[-2:])
+    return from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
 
 
 def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, _Scales]:
@@ -412,9 +463,16 @@ def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, 
 
 
 def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:
-    if format.scale.name == "e8m0":  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
-        return tiles * from_bits((254 - spread(scales.stored).astype(jnp.uint32)) << 23)
-    return divide(tiles, spread(scales.divisor))
+    if scales.divisor is None:  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
+        inverse = from_bits(lax.shift_left(lax.sub(np.uint32(254), scales.raw), np.uint32(23)))
+        return lax.mul(tiles, _met(inverse, tiles))
+    return divide(tiles, _met(scales.divisor, tiles))
+
+
+def _met(per_tile: Array, tiles: Array) -> Array:
+    """[..., rows, cols] repeated to the shape of the tiles [..., rows, r, cols, c]."""
+    lead = range(per_tile.ndim - 2)
+    return lax.broadcast_in_dim(per_tile, tiles.shape, (*lead, len(lead), len(lead) + 2))
 
 
 def _shifted(scaled: Array, zero_point: Array, format: Format) -> Array:

@@ -389,6 +389,18 @@ def test_ranges_survive(name, exponent):
     assert error < limits.get(name, 0.04 if formats.get(name).element.bits == 8 else 0.13)
 
 
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp6", "mxfp4", "mxint8"])
+@pytest.mark.parametrize("exponent", [-126, -118, 120])
+def test_powers_of_two_at_the_ends_of_e8m0(name, exponent):
+    """2^e alone in a block is 2^(e - s) under a scale 2^s: exact, since the element holds that power of two."""
+    x = np.zeros((2, 32), np.float32)
+    x[:, 5] = np.ldexp(1.0, exponent), -np.ldexp(1.0, exponent)
+    format = formats.get(name)
+    got = np.asarray(jax.jit(lambda x: num.qdq_matrix(x, format))(x))
+    np.testing.assert_array_equal(got, x)
+    np.testing.assert_array_equal(np.asarray(num.qdq_matrix(jnp.asarray(x), format)), x)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_finite(name):
     x = jnp.asarray(samples(9, 4, 70))
