@@ -390,7 +390,7 @@ def test_ranges_survive(name, exponent):
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp6", "mxfp4", "mxint8"])
-@pytest.mark.parametrize("exponent", [-126, -118, 120])
+@pytest.mark.parametrize("exponent", [-126, -110, 120])
 def test_powers_of_two_at_the_ends_of_e8m0(name, exponent):
     """2^e alone in a block is 2^(e - s) under a scale 2^s: exact, since the element holds that power of two."""
     x = np.zeros((2, 32), np.float32)
