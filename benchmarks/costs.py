@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -126,6 +127,18 @@ def planning() -> tuple[float, float]:
     return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def analysis(layers: int) -> tuple[float, float]:
+    """Seconds to trace a 7B-shaped Llama of so many unrolled layers, and for what the dataflow says on top of it."""
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    model = LlamaForCausalLM(dataclasses.replace(LLAMA_7B, num_hidden_layers=layers))
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    start = time.perf_counter()
+    graph = jqopt.trace(model, variables, tokens)
+    traced = time.perf_counter()
+    assert graph.classes and graph.groups and graph.folds
+    return traced - start, time.perf_counter() - traced
+
+
 def main(argv: list[str] | None = None) -> None:
     """One line for each cost, with its goal where there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,8 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; medians of {rounds} interleaved rounds")
     took, memory = planning()
     print(f"plan of a 32-layer 7B Llama          {took:7.2f} s, process {memory:.2f} GB   (goal < 10 s, < 1 GB)")
+    for layers, goal in ((2, "< 0.2 s"), (80, "< 20 s")):
+        traced, more = analysis(layers)
+        print(f"trace of {layers:2d} layers; then the dataflow {traced:6.2f} s; {more:.2f} s   (goal {goal})")
     print(f"calibrate (max) / forward loop       {calibration(rounds):7.2f} x   (goal <= 1.15)")
-    for recipe in ("int8", "nvfp4", "fp8"):
+    for recipe in ("int8", "fp8", "nvfp4", "mxfp8", "nvfp4_weight_only"):
         for scan in (False, True):
             name = f"compile {recipe}{', scanned' if scan else ''} / float"
             print(f"{name:36s} {compilation(recipe, scan, 3):7.2f} x   (goal <= 1.5)")

@@ -307,6 +307,21 @@ def test_a_permuted_model_computes_the_same(name: str):
         assert_close(run(got), want)
 
 
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_model_with_folded_scales_computes_the_same(name: str):
+    """Every fold target of every model, and all norms; a model may have none, but each of its groups says why."""
+    built, graph, run = made(name)
+    want = run(models.state(built))
+    assert list(graph.folds) == [g.name for g in graph.groups]
+    for i, fold in enumerate(graph.folds.values()):
+        if fold.reason:
+            assert not fold.absorbers
+            continue
+        scale = fold.project(np.random.default_rng(i).uniform(0.5, 2.0, fold.shape).astype(np.float32))
+        assert_close(run(transforms.fold_scale(graph, fold.group, scale)(source(built))), want)
+    assert_close(run(transforms.fold_norms(graph)(source(built))), want)
+
+
 @pytest.mark.parametrize("cls", [*zoo.PEERS_25, *zoo.MORE])
 def test_a_permuted_model_of_the_other_zoo_computes_the_same(cls):
     x = zoo.SEVERAL.get(cls, zoo.X)
