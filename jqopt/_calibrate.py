@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _jaxpr, _trace, algorithms
+from jqopt import _jaxpr, _trace
 from jqopt._apply import Sited, check_paths, decided_sites
 from jqopt._jaxpr import Address, State
-from jqopt._plan import Decision, Plan
+from jqopt._plan import Decision, Plan, solver
 from jqopt._trace import Site
 from jqopt.algorithms import Algorithm
 from jqopt.errors import CalibrationError
@@ -25,8 +25,7 @@ Stats = dict[str, Any]
 
 def algorithm_of(decision: Decision) -> Algorithm:
     """The algorithm that solves a site."""
-    spec = decision.algorithm[-1]
-    return algorithms.get(spec.name, **spec.options)
+    return solver(decision.algorithm)
 
 
 def initial(plan: Plan) -> Stats:
@@ -102,8 +101,8 @@ def calibrate(
         CalibrationError: no batches, a site that no data reached, or NaN or inf at a site (which it names).
         PlanError: params aren't those of the plan.
     """
-    # a copy: each step takes over the buffers of the last, and the caller's own must stay as they are
-    state: Stats = initial(plan) if stats is None else jax.tree.map(jnp.copy, stats)
+    # a copy: each step takes over the buffers of the last; the caller's own stay, and no two leaves share one
+    state: Stats = jax.tree.map(jnp.copy, initial(plan) if stats is None else stats)
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_data:

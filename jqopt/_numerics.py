@@ -330,11 +330,17 @@ class _Scales(NamedTuple):
     zero_point: Array | None = None
 
 
-def _find_scales(tiles: Array, format: Format, tensor_amax: Array | None, tensor_scale: Array | None) -> _Scales:
+def _find_scales(
+    tiles: Array,
+    format: Format,
+    tensor_amax: Array | None,
+    tensor_scale: Array | None,
+    tile_amax: Array | None = None,
+) -> _Scales:
     if format.zero_point:
         return _asymmetric_scales(tiles, format)
     given = tensor_amax is not None or tensor_scale is not None
-    amax = amax_of(tiles, (-3, -1))
+    amax = amax_of(tiles, (-3, -1)) if tile_amax is None else tile_amax
     if format.scale.name == "e8m0":
         return _Scales(_exponent_from_amax(amax, format.element.max), None)
     if not (format.global_scale or given):
@@ -383,17 +389,19 @@ def quantize_matrix(
     granularity: str | None = None,
     tensor_amax: Array | None = None,
     tensor_scale: Array | None = None,
+    tile_amax: Array | None = None,
     packed: bool = True,
 ) -> Codes:
     """Codes and scales of x [..., n, k]; `packed=False` leaves one code a byte, [..., n, k].
 
     `tensor_amax` or `tensor_scale`, [...] float32: an amax (or the scale made from it by `scale_from_amax`) found
-    elsewhere, for one scale a tensor or the global scale of nvfp4; larger values then saturate.
+    elsewhere, for one scale a tensor or the global scale of nvfp4; larger values then saturate. `tile_amax`
+    [..., rows, cols] takes the place of each tile's own amax.
 
     Raises:
         UnsupportedError: the format cannot have this granularity, or has no per-tensor scale to give.
     """
-    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale)
+    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax)
     scaled = _scaled(tiles, scales, format)
     if scales.zero_point is not None:
         codes = _shifted(scaled, scales.zero_point, format).astype(jnp.uint8)
@@ -435,9 +443,10 @@ def qdq_matrix(
     granularity: str | None = None,
     tensor_amax: Array | None = None,
     tensor_scale: Array | None = None,
+    tile_amax: Array | None = None,
 ) -> Array:
     """float32 [..., n, k]: dequantize_matrix(quantize_matrix(x)), bit for bit, without codes; arguments as there."""
-    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale)
+    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax)
     scaled = _scaled(tiles, scales, format)
     if scales.zero_point is not None:
         values = _shifted(scaled, scales.zero_point, format) - spread(scales.zero_point.astype(jnp.float32))
@@ -448,7 +457,38 @@ def qdq_matrix(
     return from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
 
 
-def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, _Scales]:
+def element_scales(codes: Codes, format: Format, n: int, k: int) -> tuple[Array, Array | None]:
+    """(what each code of a matrix [n, k] is multiplied by, its zero point), float32 [n, k]; never a zero scale."""
+    tile = _tile_of(codes.scale.shape, n, k, format)
+    factor = decode_scale(codes.scale, format)
+    if codes.global_scale is not None:
+        factor = factor * codes.global_scale[..., None, None]
+
+    def at_each(per_tile: Array) -> Array:
+        tiles = to_tiles(jnp.zeros((n, k), jnp.float32), tile)
+        return from_tiles(jnp.broadcast_to(spread(per_tile.astype(jnp.float32)), tiles.shape), n, k)
+
+    zero = None if codes.zero_point is None else at_each(codes.zero_point)
+    return _safe(at_each(factor)), zero
+
+
+def to_grid(x: Array, scale: Array, zero: Array | None, *, format: Format) -> Array:
+    """The nearest value that a code can stand for, elementwise; `scale` and `zero` as `element_scales` gives them."""
+    scaled = divide(x, scale)
+    if zero is None:
+        return round_to(scaled, format.element) * scale
+    return (jnp.clip(jnp.round(scaled) + zero, 0, format.element.max) - zero) * scale
+
+
+def grid_codes(x: Array, scale: Array, zero: Array | None, format: Format) -> Array:
+    """The codes, one a byte, of values that `to_grid` gave."""
+    scaled = divide(x, scale)
+    if zero is None:
+        return encode(scaled, format.element)
+    return jnp.clip(jnp.round(scaled) + zero, 0, format.element.max).astype(jnp.uint8)
+
+
+def _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax=None) -> tuple[Array, _Scales]:
     tile = format.tile_for(*x.shape[-2:], granularity)
     given = tensor_amax is not None or tensor_scale is not None
     whole = format.global_scale or ((granularity or format.granularity) == "tensor" and not format.zero_point)
@@ -459,7 +499,7 @@ def _prepare(x, format, granularity, tensor_amax, tensor_scale) -> tuple[Array, 
             "or leave it out"
         )
     tiles = to_tiles(x.astype(jnp.float32), tile)
-    return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale)
+    return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale, tile_amax)
 
 
 def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:

@@ -12,9 +12,10 @@ from typing import Any
 from jqopt import _recipe, algorithms
 from jqopt._ops import InputFormat
 from jqopt._qtensor import Layout
-from jqopt._recipe import AlgorithmSpec, Recipe, TensorSpec
+from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
 from jqopt._table import table
 from jqopt._trace import Graph, Site
+from jqopt.algorithms import Algorithm
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
@@ -51,6 +52,16 @@ class Decision:
     def granularity(self) -> str:
         assert self.weight is not None and self.weight.granularity is not None, self.key
         return self.weight.granularity
+
+    @property
+    def has_static_input(self) -> bool:
+        """Is the activation's scale found from calibration data?"""
+        return self.input is not None and self.input.needs_calibration
+
+    @property
+    def uses_data(self) -> bool:
+        """Does the weight's algorithm need statistics of the activation?"""
+        return bool(self.algorithm) and solver(self.algorithm).uses_data
 
     @property
     def input_format(self) -> InputFormat | None:
@@ -100,7 +111,7 @@ class Plan:
     @property
     def needs_data(self) -> tuple[str, ...]:
         """Paths of the parameters whose sites need statistics of their activations."""
-        return tuple(p for p, d in self.quantized.items() if d.input is not None and d.input.needs_calibration)
+        return tuple(p for p, d in self.quantized.items() if d.has_static_input or d.uses_data)
 
     @property
     def bits_per_weight(self) -> float:
@@ -193,7 +204,8 @@ def _decide(recipe: Recipe, site: Site, rule: _recipe.Rule | None, graph: Graph)
     note, input_spec = "", rule.input
     if site.op == "gather" and input_spec is not None:
         note, input_spec = "input left alone: a lookup multiplies nothing", None
-    algorithm = _algorithms(rule.algorithm or recipe.algorithm, rule)
+    algorithm, instead = _suited(site, _algorithms(rule.algorithm or recipe.algorithm, rule))
+    note = "; ".join(filter(None, (note, instead)))
     spec = rule.weight
     bits = spec.element_format().bits_per_value(layout.n, layout.k, spec.granularity)
     return Decision(
@@ -213,6 +225,19 @@ def globalized(layout: Layout, whole: tuple[int, ...]) -> Layout:
         atoms[start] *= whole[axis] // size
         start = stop
     return Layout(whole, tuple(atoms), layout.stack, layout.rows, layout.cols)
+
+
+def solver(specs: tuple[AlgorithmSpec, ...]) -> Algorithm:
+    """The algorithm that solves a site."""
+    return algorithms.get(specs[-1].name, **specs[-1].options)
+
+
+def _suited(site: Site, specs: tuple[AlgorithmSpec, ...]) -> tuple[tuple[AlgorithmSpec, ...], str]:
+    """(algorithms, note): `max` where a site isn't one product over all input channels of the parameter's matrix."""
+    if not solver(specs).uses_data or (site.op in ("dot_general", "ragged_dot") and site.contracted == site.layout.k):
+        return specs, ""
+    why = "a lookup" if site.op == "gather" else "a convolution" if site.op == "conv" else "a product over a part of it"
+    return (MAX,), f"max in place of {specs[-1].name}, which can't solve {why}"
 
 
 def _algorithms(specs: Iterable[AlgorithmSpec], rule: _recipe.Rule) -> tuple[AlgorithmSpec, ...]:

@@ -123,7 +123,11 @@ def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:
 
     Parameters that read one activation (q, k, v) get one scale, also where one of them reads another one besides.
     """
-    amax = {p: algorithm_of(plan.quantized[p]).input_amax(stats[p]) for p in plan.needs_data if p in stats}
+    amax = {
+        p: algorithm_of(plan.quantized[p]).input_amax(stats[p])
+        for p in plan.needs_data
+        if p in stats and plan.quantized[p].has_static_input
+    }
     groups: dict[str, set[str]] = {}
     for d in plan.decisions:
         if d.group and d.path in amax:

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable
 
 from jqopt.algorithms._base import Algorithm, Problem
+from jqopt.algorithms.gptq import gptq
 from jqopt.algorithms.max import max
+from jqopt.algorithms.mse import mse
 from jqopt.errors import PlanError
 
-TABLE: dict[str, Callable[..., Algorithm]] = {"max": max}
+TABLE: dict[str, Callable[..., Algorithm]] = {"gptq": gptq, "max": max, "mse": mse}
 
 
 def names() -> list[str]:
@@ -36,4 +38,4 @@ def get(name: str, **options: object) -> Algorithm:
     return TABLE[name](**options)
 
 
-__all__ = ["Algorithm", "Problem", "get", "max", "names"]
+__all__ = ["Algorithm", "Problem", "get", "gptq", "max", "mse", "names"]

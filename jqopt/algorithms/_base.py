@@ -41,3 +41,4 @@ class Algorithm(NamedTuple):
     solve: Callable[[jax.Array, Any, Problem], Codes]
     input_amax: Callable[[Any], jax.Array]
     allreduce: Callable[[Any, Any, tuple[str, ...]], Any]
+    uses_data: bool = False  # does `solve` need the statistics, whatever the activation's format?
