@@ -102,7 +102,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list]:
 
 def inner_jaxpr(eqn: Any) -> Any | None:
     """The jaxpr of a call-like equation that maps operands one to one (jit, remat, custom_jvp, ...), or None."""
-    if eqn.primitive.name in OPAQUE:
+    if eqn.primitive.name in OPAQUE | COMBINERS:
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         found = eqn.params.get(name)
@@ -113,6 +113,7 @@ def inner_jaxpr(eqn: Any) -> Any | None:
 
 
 OPAQUE = frozenset({"pallas_call", "custom_call", "ffi_call", "triton_kernel_call", "mosaic_gpu", "pure_callback"})
+COMBINERS = frozenset({"reduce", "reduce_window"})  # their jaxpr is of scalars: it says how two elements become one
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
 
 

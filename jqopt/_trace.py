@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -17,7 +18,7 @@ import numpy as np
 from jax.extend import core as jex_core
 
 from jqopt import _view
-from jqopt._jaxpr import OPAQUE, Address, inner_jaxpr, open_jaxpr
+from jqopt._jaxpr import COMBINERS, OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
 from jqopt._view import Atom, View
 from jqopt.analysis.axis_rules import Rule
@@ -296,7 +297,7 @@ class _Walk:
         inner = inner_jaxpr(eqn)
         if inner is not None:
             return self.run(inner, ins, (*address, 0), scope)
-        if name in OPAQUE or any(map(_holds_jaxpr, eqn.params.values())):
+        if name in OPAQUE or (name not in COMBINERS and any(map(_holds_jaxpr, eqn.params.values()))):
             self._opaque(eqn, ins, scope)
         elif name in DOTS and self._site(eqn, ins, address, scope):
             return [self.fresh() for _ in eqn.outvars]
@@ -658,6 +659,11 @@ def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
     shapes = jax.tree.map(_shape, function.params)  # the graph and plans made of it hold no weights
     program, _ = open_jaxpr(closed)
     leaves = leaf_names(function, flat, len(program.invars))
+    twice = [n for n, times in collections.Counter(leaf[1] for leaf in leaves if leaf is not None).items() if times > 1]
+    if twice:
+        raise TraceError(
+            f"two leaves of the parameter tree of {function.name} are called {twice[0]!r}: a key holds '/'. Rename it"
+        )
     return Graph(function._replace(params=shapes), tuple(sites), tuple(opaque), parameters, program, leaves)
 
 

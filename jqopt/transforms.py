@@ -34,8 +34,9 @@ def prune(
 ) -> Transform:
     """Takes positions of an axis class out of every parameter that holds it.
 
-    The result fits the same model built with the smaller width. Where no statistic goes over the class (`cls.notes`),
-    it computes what the whole model computes with the other positions set to zero. Transforms of one graph can follow
+    The result fits the same model built with the smaller width. It computes what the whole model computes with the
+    other positions set to zero, where no statistic goes over the class (`cls.notes`) and what is contracted along it
+    vanishes with its parameters (`relu(x @ w)` does, `exp(x @ w)` doesn't). Transforms of one graph can follow
     each other as long as they don't shorten one axis twice; for that, and to be short, give several classes at once.
 
     Args:

@@ -675,3 +675,46 @@ def test_all_to_all_along_the_feature_axis_holds_it():
         return run(p["a"], p["b"])
 
     assert set(classes_of(program, X, a=(6, 8), b=(8, 3))) == set()
+
+
+# ---------------------------------------------------------------------------------- what has gone wrong before
+
+
+def test_a_scan_in_a_scan_that_stacks_a_value_of_the_outer_one():
+    def model(p, x):
+        def outer(c, w):
+            c = jnp.tanh(c @ w)
+            _, stacked = jax.lax.scan(lambda d, q: (d, c * q), 0.0, p["inner"])
+            return c + jnp.sum(stacked * p["v"][:, None, None], 0), None
+
+        return jax.lax.scan(outer, x, p["outer"])[0]
+
+    graph = jqopt.trace(model, {"outer": jnp.ones((3, 8, 8)), "inner": jnp.ones(5), "v": jnp.ones(5)}, jnp.ones((2, 8)))
+    assert graph.class_of("inner[0]").symbols == ("inner[0]", "v[0]")
+    assert graph.class_of("outer[0]").symbols == ("outer[0]",) and graph.class_of("outer[0]").pinned is None
+
+
+def test_positions_that_random_bits_are_drawn_for_keep_their_order():
+    def model(p, x):
+        h = x @ p["a"]
+        return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, h.shape), h, 0.0) @ p["b"]
+
+    found = jqopt.trace(model, {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 3))}, jnp.ones((2, 4))).class_of("b[0]")
+    assert found.pinned is None and not found.permutable and "draws along it" in found.notes[0]
+
+
+def test_the_axis_of_index_vectors_is_pinned():
+    def model(p, x):
+        return jnp.sum(x[p["at"][:, 0], p["at"][:, 1]]) + jnp.sum(
+            jax.lax.gather(
+                x,
+                p["index"],
+                jax.lax.GatherDimensionNumbers((), (0, 1), (0, 1)),
+                (1, 1),
+            )
+        )
+
+    params = {"at": jnp.zeros((5, 2), jnp.int32), "index": jnp.zeros((5, 2), jnp.int32)}
+    graph = jqopt.trace(model, params, jnp.ones((4, 4)))
+    assert graph.class_of("index[1]").pinned is not None
+    assert "name different axes" in graph.class_of("index[1]").pinned.reason

@@ -179,3 +179,13 @@ def test_fuse_of_sites_that_read_different_activations_is_an_error():
 def test_wrong_fuse_is_refused(fuse, said):
     with pytest.raises(jqopt.RecipeError, match=said):
         jqopt.load_recipe({"extends": ["nvfp4"], "fuse": fuse})
+
+
+def test_a_router_is_fused_with_no_expert_that_is_one_matrix():
+    def model(p, x):
+        share = jax.nn.softmax(x @ p["router"], axis=-1)
+        return sum(share[:, i : i + 1] * (x @ p[f"e{i}"]) for i in range(3))
+
+    params = {"router": jnp.ones((8, 3)), **{f"e{i}": jnp.ones((8, 4)) for i in range(3)}}
+    (group,) = jqopt.trace(model, params, jnp.ones((5, 8))).groups
+    assert sorted(keys(group)) == ["e0", "e1", "e2", "router"] and group.fused == ()

@@ -221,3 +221,24 @@ def test_batched_dense_module_axis():
     graph = jqopt.trace(Experts(), Experts().init(jax.random.key(0), x), x)
     (site,) = graph.sites
     assert (site.layout.n, site.layout.k, site.layout.stack) == (32, 16, ())
+
+
+def test_two_leaves_of_one_name_are_refused():
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((4, 4))}}
+    with pytest.raises(jqopt.TraceError, match="two leaves .* are called 'a/b'"):
+        jqopt.trace(lambda p, x: x @ p["a/b"] @ p["a"]["b"], params, jnp.ones((2, 4)))
+
+
+def test_a_reduction_with_a_combiner_of_its_own_is_no_call():
+    """The combiner's jaxpr is of scalars; its weight is read by a dot besides, and stays itself there."""
+
+    def model(p, x):
+        most = jax.lax.reduce(p["w"], jnp.float32(0), lambda a, b: jnp.maximum(a, jnp.abs(b)), (0,))
+        windows = jax.lax.reduce_window(p["w"], jnp.float32(0), lambda a, b: a + 0.5 * b, (1, 2), (1, 2), "VALID")
+        return x @ p["w"] / most, x @ windows
+
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    params = {"w": jax.random.normal(jax.random.key(1), (8, 6))}
+    qm = jqopt.quantize_model(model, {"rules": [{"match": "w", "weight": "int8"}]}, params=params, inputs=x)
+    for got, want in zip(qm(x), model(params, x), strict=True):
+        assert float(jnp.abs(got - want).max() / jnp.abs(want).max()) < 0.03

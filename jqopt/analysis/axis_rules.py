@@ -58,10 +58,10 @@ def unknown(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def source(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
-    """Made from nothing (random bits): the axes are free, but what they become one with is drawn anew."""
+    """Made from nothing (random bits): the axes are free, but other positions draw other numbers."""
     out = [axes(v.shape) for v in eqn.outputs]
     for axis in (a for row in out for a in row):
-        note(axis, f"{eqn.op} draws along it: other positions draw other numbers", eqn)
+        keep_order(axis, f"{eqn.op} draws along it: other positions draw other numbers", eqn)
     return out
 
 
@@ -199,11 +199,17 @@ def _top_k(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 # ------------------------------------------------------------------------------------------------ reductions
 
 
-def _reduce(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
-    gone = {d % len(operands[0]) for d in eqn.params["axes"]}
-    for operand in operands[1:]:
-        for a, b in zip(operand, operands[0], strict=False):
+def _one(eqn: Equation, operands: Sequence[Axes]) -> None:
+    """The operands of a reduction of several arrays have the same axes; the values it starts from have none."""
+    for operand in operands[1 : len(eqn.outputs)]:
+        for a, b in zip(operand, operands[0], strict=True):
             unify(a, b, eqn)
+
+
+def _reduce(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
+    named = eqn.params["dimensions"] if eqn.op == "reduce" else eqn.params["axes"]
+    gone = {d % len(operands[0]) for d in named}
+    _one(eqn, operands)
     for d in gone:
         note(operands[0][d], f"{eqn.op} goes over it: a mean, a norm or a softmax depends on its size", eqn)
     out = tuple(a for i, a in enumerate(operands[0]) if i not in gone)
@@ -218,6 +224,7 @@ def _arg_reduce(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 def _window(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
     """Pooling: an axis with a window of one passes."""
+    _one(eqn, operands)
     sizes = eqn.params["window_dimensions"]
     before, after = eqn.inputs[0].shape, eqn.outputs[0].shape
     moved = [d for d, n in enumerate(sizes) if n != 1 or before[d] != after[d]]
@@ -312,6 +319,7 @@ def _gather(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
     batching = tuple(getattr(numbers, "operand_batching_dims", ()))
     for d, i in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
         unify(operand[d], indices[i], eqn)
+    pin(indices[-1], "its positions name different axes of what is looked up", eqn)
     for d in numbers.start_index_map:
         if find(operand[d]).size != sizes[d]:
             pin(operand[d], "its positions are looked up by number", eqn)
@@ -329,6 +337,7 @@ def _scatter(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
     batching = tuple(getattr(numbers, "operand_batching_dims", ()))
     for d, i in zip(batching, getattr(numbers, "scatter_indices_batching_dims", ()), strict=True):
         unify(operand[d], indices[i], eqn)
+    pin(indices[-1], "its positions name different axes of what is written", eqn)
     gone = {*numbers.inserted_window_dims, *batching}
     windows = iter([d for d in range(len(operand)) if d not in gone])
     rest = iter(indices[:-1])

@@ -275,8 +275,7 @@ class _Walk:
 
     def _loop(self, eqn: Equation) -> Node:
         """The axis that a loop's iterations run along."""
-        loop = eqn.inputs[0].loops[-1] if eqn.op == STACK and eqn.inputs[0].loops else eqn.loops[-1]
-        return self.loops.setdefault(loop, Node(loop.length or eqn.outputs[0].shape[0]))
+        return self.loops.setdefault(eqn.loops[-1], Node(eqn.outputs[0].shape[0]))
 
     def _iterate(self, eqn: Equation, axis: Node) -> None:
         loop = eqn.loops[-1]

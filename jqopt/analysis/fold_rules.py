@@ -538,7 +538,7 @@ def _kernel_labels(e: Equation, labels: np.ndarray, lead: int) -> np.ndarray | N
     feature = numbers.lhs_spec[1]
     if e.params["batch_group_count"] != 1 or any(n > 1 and a != feature for a, n in enumerate(labels.shape[lead:])):
         return None
-    flat = labels.reshape(*labels.shape[:lead], -1)
+    flat = labels.reshape((*labels.shape[:lead], -1))
     out, inner = numbers.rhs_spec[:2]
     groups, outs, ins = e.params["feature_group_count"], kernel.shape[out], kernel.shape[inner]
     if flat.shape[-1] > 1:

@@ -210,7 +210,7 @@ class Search:
         labels, own = ask.labels, len(value.loops)
         for axis in range(own, lead):  # the value is the same in every iteration of these
             labels = self.tie_along(labels, axis)
-        labels = labels.reshape(*labels.shape[:own], *labels.shape[lead:])
+        labels = labels.reshape((*labels.shape[:own], *labels.shape[lead:]))
         ask = ask._replace(labels=labels, by=frozenset({reader} if reader else ()))
         if value in self.ahead:
             raise Stop("{0} would be scaled twice", lambda: self.program.name(value))
@@ -276,7 +276,8 @@ class Search:
 
     def _readers(self, origin: Value, value: Value, ask: Ask) -> None:
         """Looks at all readers of a scaled value that did not ask for the scale."""
-        for e, operand in value.uses:
+        todo = [(value, ask)]
+        for value, ask, e, operand in ((v, a, e, i) for v, a in todo for e, i in v.uses):  # todo grows on the way
             if e in self.program.dead:
                 continue
             try:
@@ -290,7 +291,7 @@ class Search:
                 if target.returned:
                     raise Stop("{0} is also read by {1}, which the model returns", *_names(self.program, origin, e))
                 self.ahead.add(target)
-                self._readers(origin, target, Ask(labels, power, ask.offset))
+                todo.append((target, Ask(labels, power, ask.offset)))
 
     def _through(self, e: Equation, operand: int, value: Value, ask: Ask) -> list[tuple[int, np.ndarray, int]]:
         """(output, labels, power) of what a reader newly makes of a scaled operand; raises if it can't."""
@@ -299,7 +300,7 @@ class Search:
             return []
         lead = len(e.loops) - (e.op == SLICE)
         own = len(value.loops)
-        labels = ask.labels.reshape(*ask.labels.shape[:own], *(1,) * (lead - own), *ask.labels.shape[own:])
+        labels = ask.labels.reshape((*ask.labels.shape[:own], *(1,) * (lead - own), *ask.labels.shape[own:]))
         weight = not program.moves(value)
         if e.op in CONTRACTIONS and not weight and operand < 2 and self._consume(e, operand, labels, ask.power):
             return []
@@ -374,7 +375,7 @@ class Search:
     def _branches(
         self, e: Equation, maps: Sequence[Axes | None], able: list[int], ask: Ask
     ) -> list[list[tuple[int, Ask]]]:
-        """The operands of a product: parameters first, then those that need the fewest ties."""
+        """The operands of a product: those that need the fewest ties first, among them parameters."""
         lead = ask.labels.ndim - e.outputs[0].ndim
 
         def reach(i: int) -> int:
@@ -382,7 +383,7 @@ class Search:
             axes = maps[i] or ()
             return math.prod(ask.labels.shape[lead + b] for a, b in enumerate(axes) if b is not None and varies[a])
 
-        order = sorted(able, key=lambda i: (not self.program.is_weight(e.inputs[i]), -reach(i), i))
+        order = sorted(able, key=lambda i: (-reach(i), not self.program.is_weight(e.inputs[i]), i))
         flipped = ask._replace(power=-ask.power)
         return [[(i, flipped if e.op == "div" and i == 1 else ask)] for i in order]
 

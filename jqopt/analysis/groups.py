@@ -107,12 +107,27 @@ def _meetings(flow: Flow, candidates: Sequence[tuple[Any, ...]]) -> dict[frozens
         ins = [labels.get(v, frozenset()) for i, v in enumerate(e.inputs) if i not in where]
         if not any(ins) or _is_weighted(e):
             continue
-        if e.op in _PRODUCTS and e.inputs[0] is not e.inputs[1]:
+        if e.op in _PRODUCTS and e.inputs[0] is not e.inputs[1] and not _is_weighting(e):
             for a, b in itertools.product(ins[0], ins[1]):
                 if a != b and kind[a] == kind[b]:
                     out.setdefault(frozenset({a, b}), e)
         labels.update(dict.fromkeys(e.outputs, frozenset().union(*ins)))
     return out
+
+
+def _is_weighting(equation: Equation) -> bool:
+    """Is it a product with one number for each token, as a router's probabilities weight what experts say?"""
+    return equation.op == "mul" and len({_is_narrow(v) for v in equation.inputs}) == 2
+
+
+def _is_narrow(value: Value) -> bool:
+    """Is it the same along its last axis?"""
+    if value.ndim == 0 or value.shape[-1] == 1:
+        return True
+    if value.maker is None or value.maker.op != "broadcast_in_dim":
+        return False
+    dims, source = value.maker.params["broadcast_dimensions"], value.maker.inputs[0]
+    return value.ndim - 1 not in dims or source.shape[-1] == 1
 
 
 def _form(site: Any) -> tuple:
