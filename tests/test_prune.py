@@ -307,6 +307,7 @@ def test_a_permuted_model_computes_the_same(name: str):
         assert_close(run(got), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_a_model_with_folded_scales_computes_the_same(name: str):
     """Every fold target of every model, and all norms; a model may have none, but each of its groups says why."""
