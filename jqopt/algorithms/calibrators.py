@@ -64,8 +64,8 @@ def percentile(format: Format, percentile: float = 99.99) -> Calibrator:
         raise PlanError(f"calibrator percentile: percentile is {percentile!r}; write a number above 0 and up to 100")
     if percentile <= 1:
         raise PlanError(
-            f"calibrator percentile: percentile is {percentile!r}, which would saturate almost everything; it is in per "
-            f"cent: write {100 * percentile:g} for that part of the values"
+            f"calibrator percentile: percentile is {percentile!r}, which would saturate almost everything; it is in "
+            f"per cent: write {100 * percentile:g} for that part of the values"
         )
     amax = functools.partial(ranges.percentile, p=float(percentile))
     return _of_histogram("percentile", amax, {"percentile": float(percentile)})
@@ -85,8 +85,8 @@ def mse(format: Format) -> Calibrator:
     """The clip with the smallest squared error of this format (see `ranges.mse`)."""
     if format.block is not None or format.scale.name != "float32":
         raise PlanError(
-            f"calibrator mse: {format.name!r} has scales of blocks, and the error of a value depends on its neighbours, "
-            f"which a histogram doesn't know; write {'headroom or max' if format.global_scale else 'max'}"
+            f"calibrator mse: {format.name!r} has scales of blocks, and the error of a value depends on its "
+            f"neighbours, which a histogram doesn't know; write {'headroom or max' if format.global_scale else 'max'}"
         )
     return _of_histogram("mse", functools.partial(ranges.mse, round=ranges.rounder(format)), {})
 
@@ -101,8 +101,8 @@ def mean(format: Format, momentum: float | None = None) -> Calibrator:
         _number("mean", "momentum", momentum, "a number of 0 up to below 1, such as 0.9, or leave it out")
         if not 0 <= momentum < 1:
             raise PlanError(
-                f"calibrator mean: momentum is {momentum!r}; write a number of 0 up to below 1, such as 0.9, or leave it "
-                "out for the plain mean"
+                f"calibrator mean: momentum is {momentum!r}; write a number of 0 up to below 1, such as 0.9, or leave "
+                "it out for the plain mean"
             )
     return Calibrator(
         "mean", _mean_init, functools.partial(_mean_update, momentum=momentum), _mean_amax, _mean_allreduce,
@@ -121,8 +121,8 @@ def headroom(format: Format, rho: float = _headroom.RHO, anchor: float = 1.0) ->
     _number("headroom", "anchor", anchor, "a number of per cent such as 1")
     if not 0 < rho < _headroom.RHO_MAX:
         raise PlanError(
-            f"calibrator headroom: rho is {rho!r}; write a number between 0 and {_headroom.RHO_MAX:g}, the range of normal "
-            "e4m3 scales: more of it is more room above the data and less below"
+            f"calibrator headroom: rho is {rho!r}; write a number between 0 and {_headroom.RHO_MAX:g}, the range of "
+            "normal e4m3 scales: more of it is more room above the data and less below"
         )
     if not 0 < anchor <= 100:
         raise PlanError(f"calibrator headroom: anchor is {anchor!r}; write a number of per cent above 0, such as 1")

@@ -48,9 +48,7 @@ def update(state: BlockAmax, x: jax.Array) -> BlockAmax:
     # one bin more, for the blocks of zeros
     found = histogram.count(jnp.where(blocks > 0, bin_of(blocks), jnp.int32(BINS)), BINS + 1)
     added = histogram.carried(Counts(state.high + found.high[:-1], state.low + found.low[:-1]))
-    return BlockAmax(
-        *added, jnp.maximum(state.amax, amax_of(blocks)), jnp.maximum(state.seen, jnp.float32(x.size > 0))
-    )
+    return BlockAmax(*added, jnp.maximum(state.amax, amax_of(blocks)), jnp.maximum(state.seen, jnp.float32(x.size > 0)))
 
 
 def allreduce(before: BlockAmax, after: BlockAmax, axes: tuple[str, ...]) -> BlockAmax:

@@ -30,7 +30,7 @@ _MAGNITUDE, _LARGEST = np.uint32(0x7FFFFFFF), np.uint32(0x7F7FFFFF)
 
 
 class Counts(NamedTuple):
-    """Whole numbers high * 2^20 + low, int32 [...] each, 0 <= low < 2^20 <= high's unit."""
+    """Whole numbers high * 2^20 + low, int32 [...] each, 0 <= low < 2^20."""
 
     high: jax.Array
     low: jax.Array
@@ -106,6 +106,7 @@ def width(state: Histogram) -> jax.Array:
 
 
 def counts_of(state: Histogram) -> Counts:
+    """The counts alone, [2048]."""
     return Counts(state.high, state.low)
 
 

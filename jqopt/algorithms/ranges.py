@@ -1,7 +1,7 @@
 """Where to clip: the amax [] of a tensor from the histogram of its values, by percentile, entropy or squared error.
 
-Every function maps one `Histogram` to one number, under jit and vmap. A histogram that holds NaN or inf gives it back, one
-of zeros gives 0, and no rule gives more than the largest value seen.
+Every function maps one `Histogram` to one number, under jit and vmap. A histogram that holds NaN or inf gives it back,
+one of zeros gives 0, and no rule gives more than the largest value seen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def percentile_bin(counts: Counts, p: float) -> jax.Array:
 
 
 def entropy(state: Histogram, bits: int = 8, unsigned: bool = False) -> jax.Array:
-    """The clip that loses least information when 2^(bits - 1) evenly spaced levels stand for the values (unsigned: 2^bits).
+    """The clip that loses least information when 2^(bits - 1) evenly spaced levels (unsigned: 2^bits) stand for |x|.
 
     For each number of bins kept, from 128 to those that hold data: the Kullback-Leibler divergence of the histogram,
     its tail moved into the last bin kept, from itself averaged over each level's bins that aren't empty. The last of
@@ -91,7 +91,9 @@ def divergences(counts: Counts, levels: int) -> jax.Array:
     level, bins = jnp.arange(levels + 1, dtype=jnp.int32), jnp.arange(size, dtype=jnp.int32)
 
     def divergence(kept: jax.Array) -> jax.Array:
-        first = (level * kept + (levels - 1)) // levels  # a level begins at the first bin b with b * levels / kept >= it
+        first = (
+            level * kept + (levels - 1)
+        ) // levels  # a level begins at the first bin b with b * levels / kept >= it
         starts = jax.tree.map(lambda x: x[first], below)
         of_level = histogram.minus(*(jax.tree.map(lambda x, part=part: x[part], starts) for part in (_UPPER, _LOWER)))
         mean = of_level / jnp.maximum(jnp.diff(filled[first]), 1).astype(jnp.float32)
