@@ -147,6 +147,8 @@ def decided_sites(plan: Plan, closed: Any, views: Sequence[View | None]) -> list
 class Sited:
     """What the evaluator asks about addresses, from the sites that matter."""
 
+    unrolls = False
+
     def __init__(self, sites: Sequence[tuple[Site, Decision]]):
         self.at: dict[Address, list[tuple[Site, Decision]]] = {}
         self.below: dict[Address, list[Site]] = {}

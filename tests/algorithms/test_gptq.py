@@ -165,8 +165,8 @@ def test_any_split_of_the_data_gives_the_same_moments():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"damp": 0}, "damp is 0"), ({"scales": "best"}, "write mse or local_hessian or max"), ({"order": 1}, "write true or false"),
-     ({"block": 3}, "has no option 'block'")],
+    [({"damp": 0}, "damp is 0"), ({"scales": "best"}, "write mse or local_hessian or max"),
+     ({"order": 1}, "write true or false"), ({"block": 3}, "has no option 'block'")],
 )  # fmt: skip
 def test_wrong_options_are_refused(options, said):
     with pytest.raises(jqopt.PlanError, match=said):
