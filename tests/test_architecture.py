@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
     {"algorithms", "analysis"},
     {"_recipe", "_trace"},
     {"_leaves"},
+    {"_rotate"},
     {"_plan", "transforms", "axis_rules"},
     {"_apply"},
     {"_calibrate"},
