@@ -7,6 +7,7 @@ products contract two turned axes or let one pass, sums add what turns alike, a 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,13 +91,14 @@ class _Walk:
         self.program, self.size, self.keep_mean = program, size, keep_mean
         self.turned = dict(turned)
         self.constant: dict[str, tuple[int, ...]] = {}
-        self.assumed: dict[Equation, _State] = {}  # of what a loop carries that starts as zeros
+        self.assumed: dict[Equation, _State | None] = {}  # of what a loop carries that starts as zeros
 
     def run(self) -> None:
         self.failed: Stop | None = None
         self.means = self.adds = self.mixes = False
         self.state: dict[Value, _State] = {}
         self.lost: set[Value] = set()  # made of what could not be followed
+        self.zero: set[Value] = set()  # carried, zeros at first: how it turns is seen when it comes back
         for value in self.program.flow.leaves:
             if value.name in self.turned:
                 self.state[value] = _State(self.turned[value.name])
@@ -121,9 +123,16 @@ class _Walk:
 
     def equation(self, e: Equation) -> dict[Value, _State | None]:
         states = [self.state.get(v) for v in e.inputs]
-        if not any(states):
-            return {e.outputs[0]: self.assumed[e]} if e in self.assumed else {}
         op = e.op
+        if op == LEAVE and e.inputs[0] in self.zero and e.inputs[0].maker is not None:
+            self.assumed[e.inputs[0].maker] = states[1]
+            raise _Again
+        if not any(states):
+            if op == ENTER and e not in self.assumed and number(e.inputs[0]) == 0:
+                self.zero.add(e.outputs[0])
+            elif self.stays_zero(e):
+                self.zero.update(e.outputs)
+            return {e.outputs[0]: self.assumed[e]} if e in self.assumed else {}
         if op in (ENTER, LEAVE):
             return {e.outputs[0]: states[0] if op == ENTER else self.leave(e)}
         if op in PARALLEL:
@@ -146,6 +155,12 @@ class _Walk:
                 raise self.stop("{0} is not linear in it", e)
             return {e.outputs[0]: self.mapped(e, 0, self.maps(e))}
         return {e.outputs[0]: self.together(e)}
+
+    def stays_zero(self, e: Equation) -> bool:
+        if e.op in ("mul", "div"):
+            return e.inputs[0] in self.zero or (e.op == "mul" and e.inputs[1] in self.zero)
+        rule = RULES.get(e.op)
+        return rule is not None and rule.how == "move" and e.op != "concatenate" and e.inputs[0] in self.zero
 
     def stop(self, form: str, e: Equation, *more: Any) -> Stop:
         return Stop(form, lambda: described(e), *(self.words(m) if isinstance(m, Value) else m for m in more))
@@ -206,6 +221,7 @@ class _Walk:
             else:
                 ok = self.fits(e, e.inputs[i], maps[i] or (), target)
             if not ok:
+                self.shifted(e, maps, target)
                 raise self.stop("{0} takes it together with {1}, which does not turn with it", e, e.inputs[i])
         if e.op == "select_n" and not all(self.still(e.inputs[0], a) for a in target.axes if e.inputs[0].ndim):
             raise self.stop("{0} chooses differently along it", e)
@@ -217,12 +233,19 @@ class _Walk:
             value = value.maker.inputs[value.maker.outputs.index(value)]
         return len({e for e, _ in value.uses if e not in self.program.dead}) > 1
 
+    def shifted(self, e: Equation, maps: Sequence[Axes | None], target: _State) -> None:
+        """`1 + gain`: a parameter to which a number is added is a gain, too."""
+        still = [self.still_in(v, m or (), target) for v, m in zip(e.inputs, maps) if v not in self.state]
+        if e.op in ("add", "sub") and still and all(still) and not any(map(self.program.moves, e.inputs)):
+            self.demote(e)
+
     def fits(self, e: Equation, value: Value, axes: Axes, target: _State) -> bool:
         """Is a value that doesn't turn the same after it is turned? `axes`: those of the result that its are."""
         if e.op in _UPDATES and any(b not in axes for b in target.axes):  # it goes to a part of the turned axis
             return False
-        if number(value) == 0:
-            return True
+        fixed = 0 if value in self.zero else number(value)
+        if fixed is not None and (fixed == 0 or not math.isfinite(fixed)):
+            return fixed == 0
         still = self.still_in(value, axes, target)
         self.means |= still and not target.product
         return still and self.keep_mean and not target.product
@@ -238,11 +261,6 @@ class _Walk:
         """A loop's result: what it carries must turn as it did when it entered."""
         carried, last = e.inputs
         before, after = self.state.get(carried), self.state.get(last)
-        if before is None and after is not None and carried.maker is not None:
-            enter = carried.maker
-            if enter.op == ENTER and enter not in self.assumed and number(enter.inputs[0]) == 0:
-                self.assumed[enter] = after
-                raise _Again
         alike = before is not None and after is not None and before.product == after.product
         if alike and before is not None and after is not None and turns.same(before.axes, after.axes):
             return before
