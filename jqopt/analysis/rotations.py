@@ -310,7 +310,12 @@ class _Walk:
             if len(turned) != 1 or not (e.op in ("mul", "div") or RULES.get(e.op, RULES["add"]).how == "move"):
                 return []
             value = turned[0]
-        return [p for p in self.program.paths(value) if p in self.turned]
+        found, todo = [], [value]
+        while todo:
+            v = todo.pop()
+            found += [v.name] if v.kind in ("parameter", "state") and v.name in self.turned else []
+            todo += v.maker.inputs if v.maker is not None and v in self.state else ()
+        return list(dict.fromkeys(found))
 
     def shape(self, path: str) -> tuple[int, ...]:
         return self.program.flow.leaves[self.program.leaf[path]].shape
