@@ -88,7 +88,10 @@ class Rotation:
         return _leaves.change(self.graph, params, self._new)
 
     def with_matrices(self, matrices: Matrices) -> Rotation:
-        """The same with other matrices, {class: [size, size]}; they may be traced."""
+        """The same with other matrices, {class: [size, size]}, which may be traced.
+
+        They are taken as they are: orthogonal, and under `keep_mean` with rows that sum to 1.
+        """
         turns = tuple(
             Turn(t.size, matrix=matrices[name]) if name in matrices else t for name, t in zip(self.classes, self.turns)
         )
@@ -219,7 +222,7 @@ def rotate(
     """
     asked = [classes] if isinstance(classes, str | AxisClass) else list(classes)
     program = Program(graph.flow, {})
-    names = list(dict.fromkeys(graph.class_of(c).name if isinstance(c, str) else c.name for c in asked))
+    names = list(dict.fromkeys(graph.class_of(c if isinstance(c, str) else c.name).name for c in asked))
     found = [rotatable(program, graph.axes, name, keep_mean) for name in names]
     for f in found:
         if f.reason:

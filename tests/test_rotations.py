@@ -254,7 +254,8 @@ def test_under_jit_and_with_matrices_that_are_learned():
     name = turn.classes[0]
 
     def loss(matrix):  # the model is blind to an orthogonal matrix, and not to another one
-        return jnp.sum(LlamaForCausalLM(CONFIG).apply(turn.with_matrices({name: matrix})(folded), WORDS) ** 2)
+        logits = LlamaForCausalLM(CONFIG).apply(turn.with_matrices({name: matrix})(folded), WORDS)
+        return jnp.sum(jnp.square(jnp.asarray(logits)))
 
     q = jnp.asarray(turn.matrices[name])
     slope = jax.jit(jax.grad(loss))(q)
@@ -273,7 +274,7 @@ def test_a_tied_head_must_be_untied():
     model = LlamaForCausalLM(config)
     graph = jqopt.trace(model, free, WORDS)
     new = transforms.rotate_residual(graph)(transforms.fold_norms(graph)(free))
-    assert distance(model.apply(new, WORDS), run(params)) < 1e-5
+    assert distance(jnp.asarray(model.apply(new, WORDS)), run(params)) < 1e-5
     assert untie(config, free) == (config, free)
 
 
@@ -434,6 +435,28 @@ def test_a_gain_must_be_the_same_all_along():
     np.testing.assert_allclose(call(turn(folded), X), call(PARAMS, X), atol=1e-5)
 
 
+def test_gains_of_layers_that_are_picked_by_number_and_tables_that_are_compared():
+    def layers(p, x):
+        return lax.fori_loop(0, 2, lambda i, h: h + norm(h) * p["gains"][i] @ p["b"], x @ p["a"]) @ p["d"]
+
+    params = {**PARAMS, "gains": jnp.ones((2, V)) * jnp.asarray([[0.5], [2.0]])}
+    graph = jqopt.trace(layers, params, X)
+    turn = transforms.rotate(graph, "d[0]", matrices={graph.class_of("d[0]").name: orthogonal(V, False, 1)})
+    assert turn.found[0].constant == {"gains": (1,)}
+    np.testing.assert_allclose(layers(turn(params), X), layers(params, X), atol=1e-4)
+
+    def compared(p, ids):
+        return (p["a"][ids] * p["a"][ids + 1]).sum(-1)
+
+    graph = jqopt.trace(compared, PARAMS, jnp.arange(3))
+    turn = transforms.rotate(graph, "a[1]", matrices={"a[1]": orthogonal(V, False, 1)})
+    np.testing.assert_allclose(compared(turn(PARAMS), jnp.arange(3)), compared(PARAMS, jnp.arange(3)), atol=1e-5)
+    whole = {"table": jnp.ones((4, V), jnp.int8), "d": PARAMS["d"]}
+    graph = jqopt.trace(lambda p, i: p["table"][i].astype(jnp.float32) @ p["d"], whole, jnp.arange(3))
+    with pytest.raises(PlanError, match=r"table is int8, not floating point"):
+        transforms.rotate(graph, "d[0]")
+
+
 # --------------------------------------------------------------------------------------------------- messages
 
 
@@ -473,7 +496,7 @@ def test_labels_of_products_and_segments():
     np.testing.assert_array_equal(turns.of_node(product([leaf, other]), leaf), [0, 2, 4, 1, 3, 5])
     held = concat([other, leaf, leaf])
     np.testing.assert_array_equal(turns.of_node(held, leaf), [-1, -1, -1, 0, 1, 2, 3])
-    np.testing.assert_array_equal(turns.positions(turns.of_node(held, leaf), 2), [[3, 4], [5, 6]])
+    np.testing.assert_array_equal(turns.positions(np.asarray([-1, -1, -1, 0, 1, 2, 3]), 2), [[3, 4], [5, 6]])
     per_head = product([fresh(2), concat([other, leaf])])  # heads x [q | v]
     np.testing.assert_array_equal(turns.of_node(per_head, leaf), [-1, -1, -1, 0, 1, -1, -1, -1, 2, 3])
     with pytest.raises(Stop):

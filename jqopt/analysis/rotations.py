@@ -73,6 +73,10 @@ def rotatable(program: Program, axes: AxisGraph, name: str, keep_mean: bool = Fa
                 turned.setdefault(symbol.path, {})[symbol.axis] = labels
     except Stop as stop:
         return Rotatable(name, leaf.size, {}, {}, stop.text())
+    for path in turned:
+        dtype = program.flow.leaves[program.leaf[path]].dtype
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            return Rotatable(name, leaf.size, {}, {}, f"{path} is {dtype}, not floating point")
     walk = _Walk(program, leaf.size, keep_mean, turned)
     while True:
         try:
@@ -296,7 +300,7 @@ class _Walk:
     def demote(self, e: Equation) -> None:
         """A parameter that multiplies elementwise is a gain: it doesn't turn, but must be constant along the axis."""
         gains = [paths for v in e.inputs if (paths := self.gain(v))]
-        if gains:
+        if gains and gains[1:] != gains[:1]:  # two rows of one table are an inner product
             least = min(gains, key=lambda paths: max(len(self.shape(p)) for p in paths))
             for path in least:
                 self.constant[path] = tuple(self.turned.pop(path))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jqopt._view import SAME
 from jqopt.analysis.flow import SLICE, Value
-from jqopt.analysis.fold_rules import RULES, number, reshape_runs
+from jqopt.analysis.fold_rules import RULES, Stop, number, reshape_runs
 
 _ELEMENTWISE = frozenset(
     {"add", "sub", "mul", "div", "rem", "max", "min", "pow", "neg", "abs", "sign", "exp", "exp2", "expm1", "log"}
@@ -15,6 +15,8 @@ _ELEMENTWISE = frozenset(
     | {"clamp", "convert_element_type", "add_any"}
 )
 """Operations on elements at the same place; their operands have the result's shape, or none."""
+
+_MOVES = ("transpose", "squeeze", "reduce_sum", "reduce_max", "reduce_min", "gather", "dynamic_slice")
 
 
 def is_still(value: Value, axis: int, constant: Mapping[str, tuple[int, ...]]) -> bool:
@@ -61,8 +63,11 @@ def _before(value: Value, axis: int, constant: Mapping[str, tuple[int, ...]]) ->
         return [(inner, dims.index(axis))] if axis in dims else []
     if e.op in ("slice", "split"):
         return [(inner, axis)]
-    if e.op in ("transpose", "squeeze", "reduce_sum", "reduce_max", "reduce_min"):
-        axes = RULES[e.op].maps(e)[0] or ()
+    if e.op in _MOVES:
+        try:
+            axes = RULES[e.op].maps(e)[0] or ()
+        except Stop:
+            return None
         return [(inner, axes.index(axis))] if axis in axes else None
     if e.op == "reshape":
         run = next(before for before, after in reshape_runs(inner.shape, value.shape) if axis in after)
