@@ -71,11 +71,16 @@ class Static:
 
 
 def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tuple, kwargs: dict) -> Any:
+    return run(plan, lambda sites: Executor(sites, simulate, backend), quant, inputs, kwargs)
+
+
+def run(plan: Plan, rule_of: Callable[[list], Executor], quant: Any, inputs: tuple, kwargs: dict) -> Any:
+    """The model's output with the rule that `rule_of` makes of the quantized sites; traced with these inputs."""
     params = quant.params if isinstance(quant, Quantized) else quant
     leaves = check_params(plan, params)
     shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
     closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
-    rule = Executor(decided_sites(plan, closed, views), simulate, backend)
+    rule = rule_of(decided_sites(plan, closed, views))
     values = [
         QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
         for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
@@ -173,7 +178,10 @@ class Sited:
 
 
 class Executor(Sited):
-    """The quantizing rule: at a site with a packed weight, run the quantized op."""
+    """The quantizing rule: at a site with a packed weight, run the quantized op.
+
+    Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
+    """
 
     def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
         super().__init__(sites)
@@ -210,11 +218,32 @@ class Executor(Sited):
         codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend)
         static = tensor.input_scale if spec is not None and spec.static else None
         if scale is not None:
-            return _ops.activation(rows * scale[..., None, :].astype(rows.dtype), spec, static, codes)
+            return self._taken(rows * scale[..., None, :].astype(rows.dtype), spec, static, codes)
         key = (id(x), order, spec, decision.group, codes)
         if key not in self.values:
-            self.values[key] = (x, _ops.activation(rows, spec, static, codes))  # x is kept: its id stays its own
+            self.values[key] = (x, self._taken(rows, spec, static, codes))  # x is kept: its id stays its own
         return self.values[key][1]
+
+    def _taken(
+        self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool
+    ) -> _ops.Activation:
+        if spec is None or codes:
+            return _ops.activation(rows, spec, scale, codes)
+        return _ops.Activation(self.quantized_input(rows, spec, scale))
+
+    def quantized_input(self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None) -> jax.Array:
+        """Activations [*stack, m, k], quantized and dequantized."""
+        return _ops.quantize_input(x, spec, scale)
+
+    def product(
+        self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: _ops.InputFormat | None
+    ) -> jax.Array:
+        """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
+        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend)
+
+    def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
+        """float32 [*index, k]: rows of a table."""
+        return _ops.qtake(tensor, index)
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
         """A dot with concatenated weights: one dot for each part, concatenated along the output axis."""
@@ -274,8 +303,7 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     lead = match.tensor.data.shape[:-2]
     rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
     taken = rule.activation(x, (lead, *order), rows, decision, match.tensor)
-    spec = decision.input_format
-    got = _ops.matmul(taken, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
+    got = rule.product(rows, taken, match.tensor, decision.input_format)
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
     back = [match.stack.index(a) for a in match.batch]
     mine, theirs = [b + f + match.rows.index(a) for a in match.free], list(range(b, b + f))
@@ -367,7 +395,7 @@ def _cut_rows(tensor: QTensor, rows: Sequence[Atom], cut: Mapping[Atom, Atom]) -
 
     if tensor.scale.shape[-2] not in (1, n):
         return None
-    fields = {name: slice_rows(getattr(tensor, name)) for name in ("data", "scale", "zero_point")}
+    fields = {name: slice_rows(getattr(tensor, name)) for name in tensor.BY_ROW}
     return tensor.replace(**fields)
 
 
@@ -376,11 +404,11 @@ def _decoded(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisi
     side = site.operand
     operands = [_jaxpr.dense(v) for v in values]
     axes = tuple(map(int, eqn.params["dimension_numbers"][0][1 - side]))
-    operands[1 - side] = _input(operands[1 - side], axes, decision, values[side])
+    operands[1 - side] = _input(rule, operands[1 - side], axes, decision, values[side])
     return _jaxpr.bind(eqn, operands)[0]
 
 
-def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -> jax.Array:
+def _input(rule: Executor, x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -> jax.Array:
     """Quantize-dequantize of activations along `axes`, in their own shape and dtype."""
     spec = decision.input_format
     if spec is None:
@@ -395,20 +423,20 @@ def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -
     moved = x.transpose(order)
     flat = moved.reshape(-1, math.prod(moved.shape[len(keep) :]))
     back = sorted(range(x.ndim), key=order.__getitem__)
-    return _ops.quantize_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
+    return rule.quantized_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
 
 
 def _conv(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
     """A convolution with the decoded kernel; activations are quantized along their feature axis."""
     x, weight = values
     feature = eqn.params["dimension_numbers"].lhs_spec[1]
-    return _jaxpr.bind(eqn, [_input(x, (feature,), decision, weight), weight.dense()])[0]
+    return _jaxpr.bind(eqn, [_input(rule, x, (feature,), decision, weight), weight.dense()])[0]
 
 
 def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
     """A ragged dot with decoded expert weights."""
     x, weight, *rest = values
-    x = _input(x, (x.ndim - 1,), decision, weight)
+    x = _input(rule, x, (x.ndim - 1,), decision, weight)
     return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
 
 
@@ -421,7 +449,7 @@ def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     if match is None or match.cols != match.contract or match.rows != match.free or numbers.offset_dims != trailing:
         return _jaxpr.bind(eqn, values)[0]
     index = indices[..., 0]
-    rows = _ops.qtake(match.tensor, index).reshape(out.shape).astype(out.dtype)
+    rows = rule.rows(match.tensor, index).reshape(out.shape).astype(out.dtype)
     if "fill" not in str(mode).lower():
         return rows
     fill = eqn.params["fill_value"]

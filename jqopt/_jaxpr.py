@@ -375,6 +375,9 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
         None if tensor.input_scale is None else of(tensor.input_scale, stack[: tensor.input_scale.ndim])
     )
     fields["pre_scale"] = of(tensor.pre_scale, [*stack, ndim - 1])
+    leaves = [f.name for f in dataclasses.fields(tensor) if not f.metadata.get("static")]
+    if any(getattr(tensor, name) is not None for name in leaves if name not in fields):
+        return None  # a kind of tensor with more leaves than these
     return QView(tensor.replace(**fields), view)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +144,9 @@ class QTensor:
     `global_scale` [*stack]; `zero_point` like scale; `input_scale` [*stack], the static scale of the activation that
     meets this parameter; `pre_scale` [*stack, k], which the activation is multiplied with before it is quantized.
     """
+
+    BY_ROW: ClassVar[tuple[str, ...]] = ("data", "scale", "zero_point")
+    """Leaves [*stack, n or 1, ...] with something for each row of the matrix."""
 
     data: Array
     scale: Array
