@@ -10,7 +10,7 @@ from flax import nnx
 
 from jqopt._model import QuantizedModel
 from jqopt.errors import UnsupportedError
-from jqopt.frontends.nnx import Call, function_of, with_state
+from jqopt.frontends.nnx import Call, function_of, with_state, with_structure
 from jqopt.train._qat import QAT
 
 
@@ -56,13 +56,19 @@ class QuantizedTraining(nnx.Module):
         return out
 
     def convert(self, model: nnx.Module) -> QuantizedModel:
-        """The trained module with packed weights, as `jqopt.quantize_model` gives it; `jqopt.save` takes it.
+        """The trained module with packed weights, in the mode it is in now (`train()`, `eval()`).
 
         Args:
             model: the module that was traced: its structure, not its weights.
+
+        Returns:
+            What `jqopt.quantize_model` gives; `jqopt.save` takes it.
         """
-        quant = self.training.quantize_parts(function_of(self.model).params, self._learned())
-        return QuantizedModel(model, self.training.plan, quant)
+        function = function_of(self.model)
+        plan = dataclasses.replace(
+            self.training.plan, function=with_structure(self.training.plan.function, function.call.graphdef)
+        )
+        return QuantizedModel(model, plan, self.training.quantize_parts(function.params, self._learned()))
 
     def _learned(self) -> Any:
         return jax.tree.map(lambda p: p[...], self.scales, is_leaf=lambda x: isinstance(x, nnx.Param))
