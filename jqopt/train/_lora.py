@@ -44,9 +44,7 @@ class Adapted(QTensor):
 class Adapter(Executor):
     """The executor's rule, with the adapter's product beside the packed one."""
 
-    def product(
-        self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: InputFormat | None
-    ) -> jax.Array:
+    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: InputFormat | None) -> jax.Array:
         packed = super().product(rows, taken, tensor, spec)
         if not isinstance(tensor, Adapted):
             return packed
@@ -90,9 +88,7 @@ class LoRA:
             again, but that rounds the adapters too.
         """
         tree = self._adapted(adapters, quant)
-        dense = jax.tree.map(
-            lambda x: x.dequantize() if isinstance(x, QTensor) else x, tree, is_leaf=_apply.is_qtensor
-        )
+        dense = jax.tree.map(lambda x: x.dequantize() if isinstance(x, QTensor) else x, tree, is_leaf=_apply.is_qtensor)
         return self.plan.function.untree(dense)
 
     @functools.cached_property
@@ -117,8 +113,9 @@ class LoRA:
         for key, leaf in flat:
             path = _trace.parameter_path(self.plan.function, key, leaf)
             if path in adapters and isinstance(leaf, QTensor):
-                fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(QTensor)}
-                leaf = Adapted(**fields, **adapters[path], gain=self.alpha / self.rank)
+                fields: dict[str, Any] = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(QTensor)}
+                fields |= adapters[path]
+                leaf = Adapted(**fields, gain=self.alpha / self.rank)
             leaves.append(leaf)
         return treedef.unflatten(leaves)
 

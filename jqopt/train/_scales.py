@@ -85,7 +85,8 @@ def packed(d: Decision, w: jax.Array, tensor_amax: jax.Array | None) -> QTensor:
 
 def tiles(matrix: jax.Array, d: Decision) -> jax.Array:
     """A matrix [*stack, n, k] as float32 tiles [*stack, rows, r, cols, c]."""
-    return _numerics.to_tiles(matrix.astype(jnp.float32), d.format.tile_for(*matrix.shape[-2:], d.granularity))
+    n, k = matrix.shape[-2:]
+    return _numerics.to_tiles(matrix.astype(jnp.float32), d.format.tile_for(n, k, d.granularity))
 
 
 def saturation(tensor: QTensor) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Training through quantizers: values are those of PTQ bit for bit, gradients those of the papers, worked out by hand."""
+"""Training through quantizers: values are those of PTQ bit for bit, gradients the papers', by hand."""
 
 from __future__ import annotations
 
