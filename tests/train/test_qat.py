@@ -43,9 +43,8 @@ def ptq(plan, params, stats, x):
 
 FORMATS = [
     ("int8", "int8"), ("int8", {"format": "int8", "granularity": "token"}), ({"format": "int4", "block": 32}, None),
-    ("uint4", None), ("fp8", "fp8"), ({"format": "fp8", "granularity": "channel"}, None), ("fp8_block", None),
-    ("nvfp4", "nvfp4"), ("nvfp4", {"format": "nvfp4", "scaling": "dynamic"}), ("mxfp4", "mxfp8"), ("mxint8", None),
-    ("nf4", None),
+    ("uint4", None), ("fp8", "fp8"), ("fp8_block", None),
+    ("nvfp4", "nvfp4"), ("nvfp4", {"format": "nvfp4", "scaling": "dynamic"}), ("mxfp4", "mxfp8"), ("nf4", None),
 ]  # fmt: skip
 
 
@@ -249,7 +248,7 @@ def test_learned_input_scales_have_lsq_gradients():
     assert 0 < dy.mean() < 1
 
 
-@pytest.mark.parametrize("case", ["int8 both", "nvfp4 dual", "fp8 both"])
+@pytest.mark.parametrize("case", ["int8 both", "nvfp4 dual"])
 def test_what_was_trained_is_what_runs(case):
     """Weights and scales moved at random: the packed model gives what training saw, bit for bit where simulated."""
     format, learn = case.split()
