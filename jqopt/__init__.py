@@ -1,6 +1,6 @@
 """jqopt: declarative quantization for JAX. Recipes in YAML, plans as data, packed weights under jax.jit."""
 
-from jqopt import algorithms, axis_rules, formats, transforms
+from jqopt import algorithms, axis_rules, formats, train, transforms
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
 from jqopt._model import load, plan, quantize_model, save, trace
@@ -44,5 +44,6 @@ __all__ = [
     "quantize_model",
     "save",
     "trace",
+    "train",
     "transforms",
 ]

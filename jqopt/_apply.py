@@ -71,11 +71,16 @@ class Static:
 
 
 def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tuple, kwargs: dict) -> Any:
+    return run(plan, lambda sites: Executor(sites, simulate, backend), quant, inputs, kwargs)
+
+
+def run(plan: Plan, rule_of: Callable[[list], Executor], quant: Any, inputs: tuple, kwargs: dict) -> Any:
+    """The model's output with the rule that `rule_of` makes of the quantized sites; traced with these inputs."""
     params = quant.params if isinstance(quant, Quantized) else quant
     leaves = check_params(plan, params)
     shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
     closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
-    rule = Executor(decided_sites(plan, closed, views), simulate, backend)
+    rule = rule_of(decided_sites(plan, closed, views))
     values = [
         QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
         for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
@@ -175,7 +180,10 @@ class Sited:
 
 
 class Executor(Sited):
-    """The quantizing rule: at a site with a packed weight, run the quantized op."""
+    """The quantizing rule: at a site with a packed weight, run the quantized op.
+
+    Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
+    """
 
     def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
         super().__init__(sites)
@@ -213,9 +221,30 @@ class Executor(Sited):
         static = tensor.input_scale if spec is not None and spec.static else None
         key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
-            taken = _ops.activation(prepared(rows, tensor), spec, static, codes)
+            taken = self._taken(prepared(rows, tensor), spec, static, codes)
             self.values[key] = (x, taken)  # x is kept: its id stays its own
         return self.values[key][1]
+
+    def _taken(
+        self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool
+    ) -> _ops.Activation:
+        if spec is None or codes:
+            return _ops.activation(rows, spec, scale, codes)
+        return _ops.Activation(self.quantized_input(rows, spec, scale))
+
+    def quantized_input(self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None) -> jax.Array:
+        """Activations [*stack, m, k], quantized and dequantized."""
+        return _ops.quantize_input(x, spec, scale)
+
+    def product(
+        self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: _ops.InputFormat | None
+    ) -> jax.Array:
+        """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
+        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend)
+
+    def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
+        """float32 [*index, k]: rows of a table."""
+        return _ops.qtake(tensor, index)
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
         """A dot with concatenated weights: one dot for each part, concatenated along the output axis."""
@@ -292,8 +321,7 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     lead = match.tensor.data.shape[:-2]
     rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
     taken = rule.activation(x, (lead, *order), rows, decision, match.tensor)
-    spec = decision.input_format
-    got = _ops.matmul(taken, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
+    got = rule.product(rows, taken, match.tensor, decision.input_format)
     more = low_rank(rows, match.tensor)
     got = got if more is None else got + more
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
@@ -387,7 +415,7 @@ def _cut_rows(tensor: QTensor, rows: Sequence[Atom], cut: Mapping[Atom, Atom]) -
 
     if tensor.scale.shape[-2] not in (1, n):
         return None
-    fields = {name: slice_rows(getattr(tensor, name)) for name in ("data", "scale", "zero_point", "low_b")}
+    fields = {name: slice_rows(getattr(tensor, name)) for name in tensor.BY_ROW}
     return tensor.replace(**fields)
 
 
@@ -396,11 +424,11 @@ def _decoded(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisi
     side = site.operand
     operands = [_jaxpr.dense(v) for v in values]
     axes = tuple(map(int, eqn.params["dimension_numbers"][0][1 - side]))
-    operands[1 - side] = _input(operands[1 - side], axes, decision, values[side])
+    operands[1 - side] = _input(rule, operands[1 - side], axes, decision, values[side])
     return _jaxpr.bind(eqn, operands)[0]
 
 
-def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -> jax.Array:
+def _input(rule: Executor, x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -> jax.Array:
     """Quantize-dequantize of activations along `axes`, in their own shape and dtype."""
     spec = decision.input_format
     if spec is None:
@@ -415,14 +443,14 @@ def _input(x: jax.Array, axes: Sequence[int], decision: Decision, weight: Any) -
     moved = x.transpose(order)
     flat = moved.reshape(-1, math.prod(moved.shape[len(keep) :]))
     back = sorted(range(x.ndim), key=order.__getitem__)
-    return _ops.quantize_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
+    return rule.quantized_input(flat, spec, scale).reshape(moved.shape).transpose(back).astype(x.dtype)
 
 
 def _conv(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
     """A convolution with the decoded kernel; activations are quantized along their feature axis."""
     x, weight = values
     feature = eqn.params["dimension_numbers"].lhs_spec[1]
-    return _jaxpr.bind(eqn, [_input(x, (feature,), decision, weight), weight.dense()])[0]
+    return _jaxpr.bind(eqn, [_input(rule, x, (feature,), decision, weight), weight.dense()])[0]
 
 
 def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
@@ -430,12 +458,12 @@ def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     x, weight, *rest = values
     tensor = weight.tensor if isinstance(weight, QView) else None
     if tensor is None or tensor.is_plain:
-        x = _input(x, (x.ndim - 1,), decision, weight)
+        x = _input(rule, x, (x.ndim - 1,), decision, weight)
         return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
     one = tensor.replace(pre_scale=None if tensor.pre_scale is None else tensor.pre_scale[0])
     y = prepared(x, one).astype(x.dtype)
     codes = weight.view.materialize(tensor.layout.from_matrix(tensor.matrix()).astype(tensor.dtype))
-    out_codes = _jaxpr.bind(eqn, [_input(y, (x.ndim - 1,), decision, weight), codes, *rest])[0]
+    out_codes = _jaxpr.bind(eqn, [_input(rule, y, (x.ndim - 1,), decision, weight), codes, *rest])[0]
     if tensor.low_a is None or tensor.low_b is None:
         return out_codes
     branch = jnp.matmul(tensor.low_b.astype(jnp.float32), tensor.low_a.astype(jnp.float32))
@@ -452,7 +480,7 @@ def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     if match is None or match.cols != match.contract or match.rows != match.free or numbers.offset_dims != trailing:
         return _jaxpr.bind(eqn, values)[0]
     index = indices[..., 0]
-    rows = _ops.qtake(match.tensor, index).reshape(out.shape).astype(out.dtype)
+    rows = rule.rows(match.tensor, index).reshape(out.shape).astype(out.dtype)
     if "fill" not in str(mode).lower():
         return rows
     fill = eqn.params["fill_value"]

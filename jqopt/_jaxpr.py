@@ -407,6 +407,9 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
         of(tensor.low_a, [*stack, -1, ndim - 1]),
         of(tensor.low_b, [*stack, ndim - 2, -1]),
     )
+    leaves = [f.name for f in dataclasses.fields(tensor) if not f.metadata.get("static")]
+    if any(getattr(tensor, name) is not None for name in leaves if name not in fields):
+        return None  # a kind of tensor with more leaves than these
     return QView(tensor.replace(**fields), view)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +146,9 @@ class QTensor:
     `low_a` [*stack, r, k] and `low_b` [*stack, n, r] bfloat16, a low-rank part that reads the activation before that.
     `rotation`: the block of the Hadamard transform that the activation goes through first; 0: none.
     """
+
+    BY_ROW: ClassVar[tuple[str, ...]] = ("data", "scale", "zero_point", "low_b")
+    """Leaves [*stack, n or 1, ...] with something for each row of the matrix."""
 
     data: Array
     scale: Array

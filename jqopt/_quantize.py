@@ -19,7 +19,7 @@ from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
 from jqopt._numerics import amax_of
-from jqopt._plan import FOLDED, Decision, Plan, Unit, fold_of, local_ties
+from jqopt._plan import FOLDED, Decision, Plan, Unit, fold_of, local_ties, solver
 from jqopt._qtensor import Layout, QTensor
 from jqopt.algorithms import Algorithm, InputQuantizer, Problem
 from jqopt.analysis.folds import Fold
@@ -80,7 +80,7 @@ def quantize(
             here = _calibrate.calibrate(plan, params, again, units=units, progress=calibrating, **kwargs)
         last = number == len(rounds) - 1
         for unit in _ordered(plan, (*units, *free) if last else units):
-            work.solve(unit, None if here is None else here.get(unit.name))
+            work.pack(unit, None if here is None else here.get(unit.name))
             done += unit.paths
             for path in unit.paths:
                 before = found[path]
@@ -123,9 +123,9 @@ def _layer_by_layer(
     for units in _calibrate.passes(plan, memory, left):
         stats = _calibrate.calibrate(plan, params, batches, units=units, **kwargs)
         for unit in _ordered(plan, units):
-            work.solve(unit, stats[unit.name])
+            work.pack(unit, stats[unit.name])
     for unit in _ordered(plan, later):
-        work.solve(unit, None)
+        work.pack(unit, None)
     for path in plan.quantized if progress is not None else ():
         assert progress is not None
         progress(path)
@@ -255,7 +255,7 @@ class _Work:
         found = [self.amax[p] for p in mates]
         return functools.reduce(jnp.maximum, found) if len({a.shape for a in found}) == 1 else self.amax[path]
 
-    def solve(self, unit: Unit, state: Any) -> None:
+    def pack(self, unit: Unit, state: Any) -> None:
         """Packs the parameters of a unit, and lets those before it take up the scale of its input."""
         fold = self._fold_of(unit)
         got = self._solved(unit, state if unit.needs_data else None, fold)
@@ -334,11 +334,42 @@ class _Work:
         ]
 
 
-def _input_scales(plan: Plan, amax: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The static input scale of each parameter, [*outer] float32.
+def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Largest |weight| [*stack] of those that share a tensor-level scale, by the path of each that has one."""
+    work = _Work(plan, found)
+    return {p: amax for p in plan.quantized if (amax := work.shared(p)) is not None}
 
-    Parameters that read one activation (q, k, v) get one scale, also where one of them reads another one besides.
-    """
+
+def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:
+    """What the static input scale of each parameter is made from, by path: [*outer] float32; inputs aren't scaled."""
+    found = {}
+    for unit in plan.units:
+        if unit.decision.has_static_input and unit.name in stats:
+            state = stats[unit.name]
+            find = None if unit.calibrator is None else unit.calibrator.amax
+            for _ in unit.decision.outer if find is not None else ():
+                find = jax.vmap(find)
+            found.update(dict.fromkeys(unit.paths, state["amax"].amax if find is None else find(state["range"])))
+    return _merged(plan, found)
+
+
+def solve(d: Decision, w: jax.Array, tensor_amax: jax.Array | None) -> QTensor:
+    """One parameter as an algorithm that needs no data packs it. `tensor_amax` [*stack], where it has one."""
+    problem = Problem(d.format, d.granularity)
+    static = ((_layout(d),), problem, solver(d.algorithm), None, 0)
+    (got,) = _solve((w,), (tensor_amax,), None, None, static=static)
+    return _packed(d, got, False, w.dtype)
+
+
+def _input_scales(plan: Plan, amax: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The static input scale of each parameter, [*outer] float32."""
+    inputs = {p: plan.quantized[p].input for p in amax}
+    merged = _merged(plan, amax)
+    return {p: _numerics.scale_from_amax(a, i.element_format()) for p, a in merged.items() if (i := inputs[p])}
+
+
+def _merged(plan: Plan, amax: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters that read one activation (q, k, v) get one range, also where one of them reads another one besides."""
     amax = dict(amax)
     groups: dict[str, set[str]] = {}
     for d in plan.decisions:
@@ -347,8 +378,7 @@ def _input_scales(plan: Plan, amax: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     for members in _components(list(groups.values())):
         whole = functools.reduce(jnp.maximum, [amax[p] for p in sorted(members)])
         amax.update(dict.fromkeys(members, whole))
-    inputs = {p: plan.quantized[p].input for p in amax}
-    return {p: _numerics.scale_from_amax(a, i.element_format()) for p, a in amax.items() if (i := inputs[p])}
+    return amax
 
 
 def _components(groups: list[set[str]]) -> list[set[str]]:

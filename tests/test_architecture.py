@@ -33,11 +33,11 @@ FLOORS: list[set[str]] = [
     {"_quantize"},
     {"_report", "_evaluate"},
     {"_auto"},
-    {"train"},
     {"export"},
     {"hf"},
     {"frontends"},
     {"_model"},
+    {"train"},
     {"linen", "nnx"},
     {"__init__"},
     {"_cli_print"},
@@ -59,11 +59,11 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "QTensor", "formats", "algorithms", "linen", "nnx"),
-    *("axis_rules", "transforms"),
+    *("axis_rules", "train", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }
-LATER = {"export", "train", "auto_quantize"}
+LATER = {"export", "auto_quantize"}
 
 PRODUCT = sorted(PACKAGE.rglob("*.py"))
 KERNEL_FILES = sorted(KERNELS.rglob("*.py"))

@@ -14,7 +14,7 @@ from jqopt.errors import PlanError
 
 
 def hqq(norm: float = 0.7, rounds: int = 20) -> Algorithm:
-    """Scales that minimize sum |w - q|^norm in each tile: norms below 1 let a few values be far off for the rest's sake.
+    """Scales that minimize sum |w - q|^norm in each tile: a norm below 1 lets a few values be far off for the rest.
 
     Half-quadratic splitting: values e shrink |w - q|, a least-squares step fits the scale to w - e; the penalty between
     the two grows from round to round. The scales of least error of all rounds, `max`'s among them, are kept. Formats

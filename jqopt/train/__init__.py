@@ -1,1 +1,8 @@
-"""Low-precision training: the quantizers of NVFP4 and FP8 GEMMs, forward and backward."""
+"""Training: through a quantized model (QAT, distillation), adapters over packed weights, low-precision quantizers."""
+
+from jqopt.train._distill import distill_loss
+from jqopt.train._lora import LoRA, lora
+from jqopt.train._nnx import QuantizedTraining
+from jqopt.train._qat import QAT, qat
+
+__all__ = ["QAT", "LoRA", "QuantizedTraining", "distill_loss", "lora", "qat"]

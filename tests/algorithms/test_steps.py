@@ -197,7 +197,7 @@ def test_awq_clip_is_never_worse_than_none_and_shrinks_only():
 
 
 def test_four_over_six_chooses_four_where_values_lie_near_the_largest():
-    """Values between 4 and 6 sixths of the largest have no e2m1 between: as 4 of 6, the largest moves out of their way."""
+    """Between 4 and 6 sixths of the largest there is no e2m1; with the largest as 4 there is one at 5 sixths of it."""
     near = np.tile(np.array([6, 5, 5, -5, 5, 5, -5, 5, 5, 5, 5, -5, 5, 5, 5, 5], np.float32), (1, 4))
     plain = np.tile(np.array([6, 4, 3, -2, 1.5, 1, 0.5, 0, 6, 4, 3, -2, 1.5, 1, 0.5, 0], np.float32), (1, 4))
     algorithm = algorithms.four_over_six()
