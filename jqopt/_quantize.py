@@ -346,10 +346,13 @@ def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:
     for unit in plan.units:
         if unit.decision.has_static_input and unit.name in stats:
             state = stats[unit.name]
-            find = None if unit.calibrator is None else unit.calibrator.amax
-            for _ in unit.decision.outer if find is not None else ():
-                find = jax.vmap(find)
-            found.update(dict.fromkeys(unit.paths, state["amax"].amax if find is None else find(state["range"])))
+            amax = state["amax"].amax
+            if unit.calibrator is not None:
+                find = unit.calibrator.amax
+                for _ in unit.decision.outer:
+                    find = jax.vmap(find)
+                amax = find(state["range"])
+            found.update(dict.fromkeys(unit.paths, amax))
     return _merged(plan, found)
 
 

@@ -80,6 +80,6 @@ def get(name: str, more: Table | None = None, /, **options: Any) -> Algorithm:
 
 __all__ = [
     "AMAX", "CHANNELS", "CROSS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task",
-    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "hqq", "local_hessian", "lsq", "max",
-    "mse", "names", "qep", "rank_at", "rounded", "scaled", "smoothquant", "svdquant", "task",
+    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "hqq", "local_hessian", "lsq",
+    "max", "mse", "names", "qep", "rank_at", "rounded", "scaled", "smoothquant", "svdquant", "task",
 ]  # fmt: skip

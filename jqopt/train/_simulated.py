@@ -38,9 +38,8 @@ def simulated(values: jax.Array, d: Decision, input_scale: jax.Array | None, dty
     shape = d.format.scale_shape(d.layout.n, d.layout.k, d.granularity)
     rest = {f.name: None for f in dataclasses.fields(Simulated)}
     rest |= {"data": values, "scale": jnp.zeros((*values.shape[:-2], *shape), jnp.float32), "input_scale": input_scale}
-    return Simulated(
-        **{**rest, "format": d.format, "granularity": d.granularity, "layout": d.layout, "dtype": dtype, "rotation": 0}
-    )  # type: ignore[arg-type]
+    static = {"format": d.format, "granularity": d.granularity, "layout": d.layout, "dtype": dtype, "rotation": 0}
+    return Simulated(**{**rest, **static})  # type: ignore[arg-type]
 
 
 class Trainer(Executor):
