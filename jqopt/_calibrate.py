@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _jaxpr, _trace
+from jqopt import _attention_ops, _jaxpr, _trace
 from jqopt._apply import Sited, check_paths, decided_sites
+from jqopt._attention import Product, products
 from jqopt._jaxpr import Address, State
 from jqopt._plan import Decision, Plan, solver
 from jqopt._trace import Site
@@ -30,7 +31,8 @@ def algorithm_of(decision: Decision) -> Algorithm:
 
 def initial(plan: Plan) -> Stats:
     """Statistics before any data."""
-    return {path: _initial(plan.quantized[path]) for path in plan.needs_data}
+    weights = {path: _initial(plan.quantized[path]) for path in plan.needs_data}
+    return {**weights, **_attention_ops.initial(plan.attention)}
 
 
 def _initial(d: Decision) -> Any:
@@ -44,6 +46,10 @@ class Observer(Sited):
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         for site, decision in self.at[address]:
+            if isinstance(site, Product):
+                seen = _attention_ops.observe(site, decision, values, state.get(site.key, {}))
+                state = {**state, site.key: seen} if site.key in state else state
+                continue
             assert site.path is not None, site.key
             x = _matrix(values[1 - site.operand], eqn, site)
             algorithm = algorithm_of(decision)
@@ -56,7 +62,12 @@ class Observer(Sited):
 
     def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
         by_path = {s.path: d for found in self.at.values() for s, d in found}
-        return {p: algorithm_of(by_path[p]).allreduce(before[p], after[p], axes) for p in after}
+        attention = {s.key for found in self.at.values() for s, _ in found if isinstance(s, Product)}
+        return {
+            p: _attention_ops.allreduce(before[p], after[p], axes) if p in attention
+            else algorithm_of(by_path[p]).allreduce(before[p], after[p], axes)
+            for p in after
+        }  # fmt: skip
 
 
 def _update_at(state: Any, index: tuple[int, ...], update: Callable[[Any], Any]) -> Any:
@@ -105,7 +116,7 @@ def calibrate(
     state: Stats = jax.tree.map(jnp.copy, initial(plan) if stats is None else stats)
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
-    if not plan.needs_data:
+    if not plan.needs_batches:
         return state
     params = plan.function.tree(params)
     _check(plan, params)
@@ -122,10 +133,11 @@ def calibrate(
     if n == 0:
         raise CalibrationError(
             "calibrate got no batches: the iterable is empty (a generator that was already used up?). "
-            f"Sites that wait for data: {', '.join(list(plan.needs_data)[:6])}"
+            f"Sites that wait for data: {', '.join([*plan.needs_data, *_attention_ops.initial(plan.attention)][:6])}"
         )
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         check_stats(plan, state)
+        _attention_ops.check(plan.attention, state)
     return state
 
 
@@ -151,7 +163,8 @@ def _step(plan: Plan, rebuild: Callable, stats: Stats, params: Any, arrays: list
     wanted = set(plan.needs_data)
     sites = [(s, d) for s, d in decided_sites(plan, closed, views) if s.path in wanted and s.op != "gather"]
     leaves = [*jax.tree.leaves(params), *arrays]
-    _, after = _jaxpr.evaluate(closed, leaves, Observer(sites), stats)
+    observed = [(p, roles) for p, roles in products(plan.attention, closed, views) if p.key in stats]
+    _, after = _jaxpr.evaluate(closed, leaves, Observer([*sites, *observed]), stats)
     return after
 
 

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jqopt import _recipe, algorithms
+from jqopt import _attention, _recipe, algorithms
+from jqopt._attention import OperandDecision
 from jqopt._ops import InputFormat
 from jqopt._qtensor import Layout
 from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
@@ -19,7 +20,7 @@ from jqopt.algorithms import Algorithm
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-VERSION = 2  # 2: `fused` and `fold` of a decision
+VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `attention`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Plan:
     parameters: Mapping[str, Parameter]
     opaque: tuple[str, ...] = ()
     function: Any = dataclasses.field(default=None, compare=False, repr=False)
+    attention: tuple[OperandDecision, ...] = ()
     compiled: dict = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)  # a cache
 
     def __getitem__(self, key: str) -> Decision:
@@ -114,6 +116,11 @@ class Plan:
         return tuple(p for p, d in self.quantized.items() if d.has_static_input or d.uses_data)
 
     @property
+    def needs_batches(self) -> bool:
+        """Does anything come from calibration data: weights' algorithms, input scales, attention's scales?"""
+        return bool(self.needs_data) or any(d.needs_data for d in self.attention)
+
+    @property
     def bits_per_weight(self) -> float:
         """Average over the quantized parameters, scales included."""
         sizes = [(math.prod(self.parameters[p].shape), d.bits) for p, d in self.quantized.items()]
@@ -131,6 +138,8 @@ class Plan:
         )
         if folds := _fold_rows(self.decisions):
             lines += ["", table(("input of", "a scale on it folds into"), folds)]
+        if self.attention:
+            lines += ["", table(_attention.HEAD, _attention.rows(self.attention))]
         return "\n".join([*lines, *(f"opaque: {o}" for o in self.opaque)])
 
 
@@ -174,12 +183,15 @@ def make_plan(recipe: Recipe, graph: Graph) -> Plan:
     chosen = {s.key: _choose(recipe, s) for s in graph.sites}
     decisions = [_decide(recipe, s, chosen[s.key], graph) for s in graph.sites]
     decisions = _fused(recipe, graph, _grouped(graph, decisions))
+    attention = _attention.decide(recipe, graph)
+    why = _attention.reasons(graph, bool(attention))
+    decisions = [dataclasses.replace(d, reason=why.get(d.key, d.reason)) for d in decisions]
     _check_rules(recipe, graph, chosen)
     _check_parameters(graph, decisions)
     parameters = {p: Parameter(tuple(s.shape), str(s.dtype)) for p, s in graph.parameters.items()}
     opaque = tuple(f"{o.primitive} in {o.scope or graph.function.name}: {o.reason}" for o in graph.opaque)
-    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function)
-    if not plan.quantized:
+    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, attention)
+    if not plan.quantized and not (attention and not any(r.weight for r in recipe.rules)):
         raise PlanError(_nothing(recipe, graph, decisions))
     return plan
 
@@ -377,6 +389,7 @@ def to_dict(plan: Plan) -> dict:
         "parameters": {p: {"shape": list(v.shape), "dtype": v.dtype} for p, v in plan.parameters.items()},
         "opaque": list(plan.opaque),
         "decisions": [_decision_dict(d) for d in plan.decisions],
+        "attention": [d.to_dict() for d in plan.attention],
     }
 
 
@@ -402,7 +415,9 @@ def from_dict(data: Mapping[str, Any], function: Any = None) -> Plan:
         raise PlanError(f"plan version {data['version']} is newer than {VERSION}, the newest this jqopt reads")
     parameters = {p: Parameter(tuple(v["shape"]), v["dtype"]) for p, v in data["parameters"].items()}
     recipe = _recipe.load_recipe(data["recipe"])
-    return Plan(recipe, tuple(map(_decision, data["decisions"])), parameters, tuple(data["opaque"]), function)
+    attention = tuple(map(OperandDecision.from_dict, data.get("attention", ())))
+    decisions = tuple(map(_decision, data["decisions"]))
+    return Plan(recipe, decisions, parameters, tuple(data["opaque"]), function, attention)
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jqopt import _numerics, _trace, _view, algorithms
+from jqopt import _attention_ops, _numerics, _trace, _view, algorithms
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, algorithm_of, check_stats
 from jqopt._jaxpr import QView, leaf_specs
@@ -50,6 +50,7 @@ def quantize(
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
     _check_input(plan, found, stats)
+    attention = _attention_ops.solve(plan.attention, stats)
     shared, inputs = group_amax(plan, found), input_amax(plan, stats or {})
     uses = collections.Counter(id(leaf) for leaf in leaves)  # one array may stand at several paths
     for i, path in enumerate(paths):
@@ -65,7 +66,7 @@ def quantize(
         leaves[i] = packed
         if progress is not None:
             progress(path)
-    return Quantized(treedef.unflatten(leaves))
+    return Quantized(treedef.unflatten(leaves), attention)
 
 
 def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None) -> None:

@@ -16,15 +16,15 @@ KERNELS = ROOT / "kernels" / "jqopt_kernels"
 # Ground first. A module imports from floors below its own and from its own folder, not from beside or above.
 FLOORS: list[set[str]] = [
     {"errors", "_compat", "_table", "_view", "_trace_layout"},
-    {"formats", "_trace_page"},
+    {"formats", "_trace_page", "_hadamard"},
     {"_numerics"},
     {"_qtensor"},
     {"_ops"},
     {"_jaxpr"},
     {"algorithms", "analysis"},
     {"_recipe", "_trace"},
-    {"_leaves"},
-    {"_plan", "transforms", "axis_rules"},
+    {"_leaves", "_attention"},
+    {"_plan", "transforms", "axis_rules", "_attention_ops", "kv_cache"},
     {"_apply"},
     {"_calibrate"},
     {"_quantize"},
@@ -56,7 +56,7 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "QTensor", "formats", "algorithms", "linen", "nnx"),
-    *("axis_rules", "transforms"),
+    *("axis_rules", "kv_cache", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }
