@@ -1,4 +1,4 @@
-"""Attention's operands in numbers: their statistics, scales and biases, and quantizing them where products read them."""
+"""Attention's operands in numbers: statistics, scales and biases, and quantizing them where products read them."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def check(decisions: Iterable[OperandDecision], stats: Mapping[str, Any]) -> Non
     missing = [f"{d.key} ({d.role})" for d, s in wanted if s is None or not np.all(np.asarray(s.seen) > 0)]
     if missing:
         raise CalibrationError(
-            f"no data reached these operands of attention: {', '.join(missing)}. Call jqopt.calibrate with batches that "
-            "reach them, or write `scaling: dynamic` or `scaling: cast`."
+            f"no data reached these operands of attention: {', '.join(missing)}. Call jqopt.calibrate with batches "
+            "that reach them, or write `scaling: dynamic` or `scaling: cast`."
         )
     bad = [f"{d.key} ({d.role})" for d, s in wanted if s is not None and not np.all(np.isfinite(np.asarray(s.total)))]
     if bad:

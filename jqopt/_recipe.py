@@ -618,25 +618,20 @@ def _only(role: str, *flags: str) -> Callable[[OperandSpec], OperandSpec]:
         if spec.affine and "affine" not in flags:
             raise ValueError(f"affine is for keys and values, which a cache holds, not for {role}; leave it out")
         if spec.rotate and "rotate" not in flags:
-            raise ValueError(f"q and k are rotated together: write 'rotate: true' in kv_cache or attention.k, not {role}")
+            raise ValueError(
+                f"q and k are rotated together: write 'rotate: true' in kv_cache or attention.k, not {role}"
+            )
         return _as_operand(spec)
 
     return check
 
 
-_KvCache = Annotated[
-    OperandSpec,
-    BeforeValidator(_operand_input, json_schema_input_type=_FormatName | OperandSpec),
-    AfterValidator(_only("kv_cache", "affine", "rotate")),
-]
-_Q, _K, _V, _P = (
-    Annotated[
-        OperandSpec,
-        BeforeValidator(_operand_input, json_schema_input_type=_FormatName | OperandSpec),
-        AfterValidator(_only(role, *flags)),
-    ]
-    for role, flags in (("q", ()), ("k", ("affine", "rotate")), ("v", ("affine",)), ("p", ()))
-)
+_OperandInput = BeforeValidator(_operand_input, json_schema_input_type=_FormatName | OperandSpec)
+_KvCache = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("kv_cache", "affine", "rotate"))]
+_Q = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("q"))]
+_K = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("k", "affine", "rotate"))]
+_V = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("v", "affine"))]
+_P = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("p"))]
 
 
 class AttentionSpec(_Model):
@@ -1080,7 +1075,10 @@ def _explained(error: pydantic.ValidationError, file: _File) -> RecipeError:
     return RecipeError(faults[0] if len(faults) == 1 else "\n".join([f"{len(faults)} faults:", *faults]))
 
 
-_KEYS_OF = {model.__name__: ", ".join(_keys(model)) for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec, OperandSpec, AttentionSpec)}
+_KEYS_OF = {
+    model.__name__: ", ".join(_keys(model))
+    for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec, OperandSpec, AttentionSpec)
+}
 
 
 # Where recipes come from.

@@ -171,20 +171,23 @@ class _Search:
 
     def result(self) -> tuple[list[tuple[Equation, Equation, int]], dict[Address, str]]:
         """((q . k, p . v, which operand of it is p), ...), and why each other product is part of no attention."""
-        pairs, why = [], {}
+        pairs: list[tuple[Equation, Equation, int]] = []
+        why: dict[Address, str] = {}
         for b, met in self.met.items():
-            reason = self._refused(b, met)
-            if not reason:
-                pairs.append((met[0][0], b, met[0][1]))
+            sides = [[m for m in met if m[1] == side] for side in (0, 1)]
+            reasons = [self._refused(b, found, [a for a, _, _ in pairs]) for found in sides if found]
+            if "" in reasons:
+                a, side, _ = [found for found in sides if found][reasons.index("")][0]
+                pairs.append((a, b, side))
                 continue
-            why.setdefault(b.address, reason)
-            for a, _, _ in met:
-                why.setdefault(a.address, reason)
+            for e in (b, *(a for a, _, _ in met)):
+                why.setdefault(e.address, reasons[0])
         used = {e.address for a, b, _ in pairs for e in (a, b)}
         alone = "its result reaches no other product through a softmax, and neither operand is a softmax of another's"
         return pairs, {a: why.get(a, alone) for a in self.products if a not in used}
 
-    def _refused(self, b: Equation, met: Sequence[tuple[Equation, int, _Scores]]) -> str:
+    def _refused(self, b: Equation, met: Sequence[tuple[Equation, int, _Scores]], known: Sequence[Equation]) -> str:
+        """Why an operand of `b` isn't the softmax of another product's result; "" if it is."""
         if len(met) > 1:
             return f"its operand is made of {len(met)} products' results at once (scores that are a sum?)"
         [(a, side, scores)] = met
@@ -196,6 +199,8 @@ class _Search:
             return "it contracts axes of the scores that are not those of one operand's positions"
         if not keys <= self.summed[a]:
             return "what comes out of exp is not summed over the axis that is contracted: no softmax"
+        if any(a is e for e in known) and not _is_softmax(b.inputs[side]):
+            return "its operand is computed from the probabilities of an attention (a gradient?)"
         return ""
 
 
