@@ -204,7 +204,7 @@ def products(
         if site.key not in known:
             raise PlanError(
                 f"attention {site.key} ({site.where or site.scope}) appeared that the plan doesn't know: the model "
-                "runs differently at these inputs than at those it was traced with. Trace with inputs like those you run."
+                "runs differently here than at the inputs it was traced with. Trace with inputs like those you run."
             )
         _check(site, known[site.key])
         for roles in (("q", "k"), ("p", "v")):

@@ -260,7 +260,7 @@ IDS = jax.random.randint(jax.random.key(3), (2, 10), 0, 64)
 def llamas():
     """The same decoder unrolled, and with its layers in a scan under remat."""
     one, two = LlamaForCausalLM(CONFIG), LlamaForCausalLM(CONFIG, scan_layers=True, remat=True)
-    variables = jax.tree.map(lambda a: 4 * a, one.init(jax.random.key(0), IDS))
+    variables = jax.tree.map(lambda a: 4 * a, jax.jit(one.init)(jax.random.key(0), IDS))
     p = variables["params"]
     layers = [p[f"layers_{i}"] for i in range(3)]
     rest = {n: v for n, v in p.items() if not n.startswith("layers_")}
@@ -312,7 +312,7 @@ def test_decoding_with_linens_cache():
     """The cache of one call is the next one's; the plan made for one token serves every step."""
     attention = nn.MultiHeadDotProductAttention(4, qkv_features=64, decode=True)
     x = jax.random.normal(jax.random.key(0), (2, 6, C))
-    variables = attention.init(jax.random.key(1), x)
+    variables = jax.jit(attention.init)(jax.random.key(1), x)
     qm = jqopt.quantize_model(attention, "defaults/kv_fp8_cast", params=variables, inputs=x[:, :1], mutable=["cache"])
     quant, outs = qm.quant, []
     for t in range(6):

@@ -664,7 +664,7 @@ MISTAKES = [
     ("attention: {w: fp8}" + INT8, 2, "unknown key 'w'. Known: q, k, v, p"),
     ("attention: {q: {format: fp8, affine: true}}" + INT8, 2, "affine is for keys and values"),
     ("attention: {p: {format: fp8, rotate: true}}" + INT8, 2, "write 'rotate: true' in kv_cache or attention.k"),
-    ("kv_cache: fp8\nattention: {v: nvfp4}" + INT8, 2, "contradicts kv_cache, which says {format: fp8"),
+    ("kv_cache: fp8\nattention: {v: nvfp4}" + INT8, 1, "contradicts kv_cache, which says {format: fp8"),
     ("schema: 2" + INT8, 2, "this recipe is of schema 2, and this jqopt reads schema 1; use a newer jqopt"),
     ('schema: "1"' + INT8, 2, "write schema: 1"),
     ("schema: true" + INT8, 2, "write schema: 1"),
@@ -819,7 +819,8 @@ def test_examples_of_the_page(text, said, tmp_path, monkeypatch):
 
 def test_the_page_names_everything():
     names = [*PRESETS, *formats.names(), *_recipe.OPS, *_recipe.GRANULARITIES]
-    for model in (Recipe, _recipe.Rule, _recipe.Match, _recipe.ShapeMatch, TensorSpec):
+    models = (_recipe.OperandSpec, _recipe.AttentionSpec)
+    for model in (Recipe, _recipe.Rule, _recipe.Match, _recipe.ShapeMatch, TensorSpec, *models):
         names += _recipe._keys(model)
     assert [name for name in names if f"`{name}" not in PAGE] == []
 

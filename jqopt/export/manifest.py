@@ -101,9 +101,7 @@ class Manifest(Checked):
     tensors: dict[str, Tensor]
     leaves: dict[str, Leaf]
     inputs: Inputs | None = None
-    attention: dict[str, list[str]] = pydantic.Field(
-        default_factory=dict
-    )  # {attention: names of its scales and biases}
+    attention: dict[str, list[str]] = pydantic.Field(default_factory=dict)  # {attention: its scales, biases}
     source: dict[str, Any] | None = None  # where the model came from, in the words of whoever saved it
 
     def to_dict(self) -> dict[str, Any]:

@@ -203,8 +203,8 @@ def no_attention(plan: Plan, native: str) -> None:
         d = plan.attention[0]
         raise UnsupportedError(
             f"{d.key}: recipe {plan.recipe.name!r} quantizes {d.role} of this attention (kv_cache, attention), and "
-            f"{native} runs the model's own attention, which nothing quantizes. Use `qm(...)` or `jqopt.apply(plan)`, or a "
-            "recipe without kv_cache and attention; jqopt.kv_cache holds keys and values packed in your own decode loop."
+            f"{native} runs the model's own attention, which nothing quantizes. Use `qm(...)` or `jqopt.apply(plan)`, "
+            "or a recipe without kv_cache and attention; jqopt.kv_cache holds packed keys and values in your own loop."
         )
 
 

@@ -152,8 +152,9 @@ def quantize(model: nnx.Module, qm: Any, *, simulate: bool = False) -> nnx.Modul
         simulate: float32 quantize-dequantize arithmetic instead of packed kernels.
 
     Raises:
-        UnsupportedError: qm isn't an NNX model, or its recipe quantizes attention's operands; a packed weight belongs to a
-            module that isn't one of Flax's layers (the message names it); or its layers aren't stacked along axis 0.
+        UnsupportedError: qm isn't an NNX model, or its recipe quantizes attention's operands; a packed weight belongs
+            to a module that isn't one of Flax's layers (the message names it); or its layers aren't stacked along
+            axis 0.
         PlanError: model and qm differ in their parameters or state.
     """
     plan, tree = qm.plan, qm.params
