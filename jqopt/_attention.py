@@ -164,18 +164,18 @@ def describe(d: OperandDecision) -> tuple[str, str]:
     return format, f"{scaling} x{'x'.join(map(str, d.outer))}" if d.outer else scaling
 
 
-def reasons(graph: Graph, asked: bool) -> dict[str, str]:
-    """For sites that multiply two activations what they do in attention, by site key; {} if a recipe asks for none."""
-    if not asked:
+def reasons(graph: Graph, decisions: Sequence[OperandDecision]) -> dict[str, str]:
+    """For sites that multiply two activations what happens there, by site key; {} if a recipe asks for nothing."""
+    if not decisions:
         return {}
-    found = graph.attention
-    alone = [s for s in graph.sites if s.path is None]
-    out = {}
-    for s in alone:
-        role = found.role_of(s.address)
-        join = ", " if any(s.address in (a.address_qk, a.address_pv) for a in found.sites) else ", no attention: "
-        out[s.key] = f"{s.reason}{join}{role}" if role else s.reason or ""
-    return out
+    quantized = {(d.key, d.role) for d in decisions if d.spec is not None}
+    says = dict(graph.attention.others)
+    for site in graph.attention.sites:
+        for address, roles in ((site.address_qk, "qk"), (site.address_pv, "pv")):
+            done = [r for r in roles if (site.key, r) in quantized]
+            verb = f"; {' and '.join(done)} quantized (see attention)" if done else ""
+            says[address] = f"{' and '.join(roles)} of {site.key}{verb}"
+    return {s.key: f"{s.reason}: {says[s.address]}" for s in graph.sites if s.path is None and s.address in says}
 
 
 def by_key(decisions: Iterable[OperandDecision]) -> dict[str, dict[str, OperandDecision]]:

@@ -184,7 +184,7 @@ def make_plan(recipe: Recipe, graph: Graph) -> Plan:
     decisions = [_decide(recipe, s, chosen[s.key], graph) for s in graph.sites]
     decisions = _fused(recipe, graph, _grouped(graph, decisions))
     attention = _attention.decide(recipe, graph)
-    why = _attention.reasons(graph, bool(attention))
+    why = _attention.reasons(graph, attention)
     decisions = [dataclasses.replace(d, reason=why.get(d.key, d.reason)) for d in decisions]
     _check_rules(recipe, graph, chosen)
     _check_parameters(graph, decisions)

@@ -322,8 +322,14 @@ def test_a_plan_says_what_happens_to_attention():
     words = [line.split()[1:4] for line in table[2:6]]
     assert words == [[role, "fp8/tensor", "static"] for role in "qkv"] + [["p", "fp8/tensor", "static,"]]
     assert "mha_fp8.yaml:5 attention.q" in table[2]
-    assert plan["activations#1"].reason == "multiplies two activations, q and k of attention"
-    assert plan["activations#2"].reason == "multiplies two activations, p and v of attention"
+    assert (
+        plan["activations#1"].reason
+        == "multiplies two activations: q and k of attention; q and k quantized (see attention)"
+    )
+    assert (
+        plan["activations#2"].reason
+        == "multiplies two activations: p and v of attention; p and v quantized (see attention)"
+    )
 
 
 def test_rotation_is_of_queries_too():

@@ -74,13 +74,6 @@ class Attention(NamedTuple):
     sites: tuple[AttentionSite, ...]
     others: Mapping[Address, str]
 
-    def role_of(self, address: Address) -> str:
-        """What a product does in attention: `q and k of layers_0/attn`, or why it is none; '' if nothing is known."""
-        for site in self.sites:
-            if address in (site.address_qk, site.address_pv):
-                return f"{'q and k' if address == site.address_qk else 'p and v'} of {site.key}"
-        return self.others.get(address, "")
-
 
 def attention(flow: Flow, sites: Iterable[Any]) -> Attention:
     """The attentions of a traced model, in the order of the program.
