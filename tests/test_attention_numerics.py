@@ -328,7 +328,7 @@ def test_decoding_with_linens_cache():
 
 def test_on_two_devices():
     """A batch cut by shard_map, and by Explicit axes: the scales and the numbers of one device."""
-    params, x = weights(), jnp.concatenate([X, X[:1]])
+    x = jnp.concatenate([X, X[:1]])
     spec, devices = jax.sharding.PartitionSpec, jax.devices()[:2]
     mesh = jax.make_mesh((2,), ("data",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
     local = jax.shard_map(model, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))
