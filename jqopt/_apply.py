@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _attention_ops, _jaxpr, _ops, _trace, _view
+from jqopt import _attention_ops, _hadamard, _jaxpr, _ops, _trace, _view
 from jqopt._attention import Product, products
 from jqopt._jaxpr import Address, QConcat, QView, State, layout_atoms
 from jqopt._plan import Decision, Plan
@@ -218,14 +218,13 @@ class Executor(Sited):
 
         It is computed once for a group: its members read one activation and have one input scale.
         """
-        spec, scale = decision.input_format, tensor.pre_scale
+        spec = decision.input_format
         codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend)
         static = tensor.input_scale if spec is not None and spec.static else None
-        if scale is not None:
-            return _ops.activation(rows * scale[..., None, :].astype(rows.dtype), spec, static, codes)
-        key = (id(x), order, spec, decision.group, codes)
+        key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
-            self.values[key] = (x, _ops.activation(rows, spec, static, codes))  # x is kept: its id stays its own
+            taken = _ops.activation(prepared(rows, tensor), spec, static, codes)
+            self.values[key] = (x, taken)  # x is kept: its id stays its own
         return self.values[key][1]
 
     def _joined(self, eqn: Any, values: Sequence[Any], found: list, weight: QConcat) -> jax.Array:
@@ -245,6 +244,23 @@ class Executor(Sited):
             else:
                 pieces.append(_jaxpr.bind(eqn, operands)[0])
         return jax.lax.concatenate(pieces, axis)
+
+
+def prepared(rows: jax.Array, tensor: QTensor) -> jax.Array:
+    """Activations [*stack, m, k] as the quantizer sees them: rotated, then scaled."""
+    if tensor.rotation:
+        rows = _hadamard.transform(rows, tensor.rotation)
+    return rows if tensor.pre_scale is None else rows * tensor.pre_scale[..., None, :].astype(rows.dtype)
+
+
+def low_rank(rows: jax.Array, tensor: QTensor) -> jax.Array | None:
+    """The part [*stack, m, n] float32 of a product that the low-rank factors make; None without them."""
+    if tensor.low_a is None or tensor.low_b is None:
+        return None
+    x = prepared(rows, tensor).astype(jnp.bfloat16)
+    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    down = wide("...mk,...rk->...mr", x, tensor.low_a)
+    return wide("...mr,...nr->...mn", down.astype(jnp.bfloat16), tensor.low_b)
 
 
 def _placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., Any]:
@@ -288,6 +304,8 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     taken = rule.activation(x, (lead, *order), rows, decision, match.tensor)
     spec = decision.input_format
     got = _ops.matmul(taken, match.tensor, spec, simulate=rule.simulate, backend=rule.backend)
+    more = low_rank(rows, match.tensor)
+    got = got if more is None else got + more
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])
     back = [match.stack.index(a) for a in match.batch]
     mine, theirs = [b + f + match.rows.index(a) for a in match.free], list(range(b, b + f))
@@ -379,7 +397,7 @@ def _cut_rows(tensor: QTensor, rows: Sequence[Atom], cut: Mapping[Atom, Atom]) -
 
     if tensor.scale.shape[-2] not in (1, n):
         return None
-    fields = {name: slice_rows(getattr(tensor, name)) for name in ("data", "scale", "zero_point")}
+    fields = {name: slice_rows(getattr(tensor, name)) for name in ("data", "scale", "zero_point", "low_b")}
     return tensor.replace(**fields)
 
 
@@ -418,10 +436,21 @@ def _conv(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision:
 
 
 def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
-    """A ragged dot with decoded expert weights."""
+    """A ragged dot with decoded expert weights; all experts' input is rotated and scaled in the same way."""
     x, weight, *rest = values
-    x = _input(x, (x.ndim - 1,), decision, weight)
-    return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
+    tensor = weight.tensor if isinstance(weight, QView) else None
+    if tensor is None or tensor.is_plain:
+        x = _input(x, (x.ndim - 1,), decision, weight)
+        return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
+    one = tensor.replace(pre_scale=None if tensor.pre_scale is None else tensor.pre_scale[0])
+    y = prepared(x, one).astype(x.dtype)
+    codes = weight.view.materialize(tensor.layout.from_matrix(tensor.matrix()).astype(tensor.dtype))
+    out_codes = _jaxpr.bind(eqn, [_input(y, (x.ndim - 1,), decision, weight), codes, *rest])[0]
+    if tensor.low_a is None or tensor.low_b is None:
+        return out_codes
+    branch = jnp.matmul(tensor.low_b.astype(jnp.float32), tensor.low_a.astype(jnp.float32))
+    dense = weight.view.materialize(tensor.layout.from_matrix(branch).astype(tensor.dtype))
+    return out_codes + _jaxpr.bind(eqn, [y, dense, *rest])[0]
 
 
 def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:

@@ -178,6 +178,20 @@ def reasons(graph: Graph, decisions: Sequence[OperandDecision]) -> dict[str, str
     return {s.key: f"{s.reason}: {says[s.address]}" for s in graph.sites if s.path is None and s.address in says}
 
 
+def held(graph: Graph, decisions: Iterable[OperandDecision]) -> dict[str, str]:
+    """Weights that no scale may go into, since operands that are quantized come from them: {path: which}."""
+    quantized = {(d.key, d.role) for d in decisions if d.spec is not None}
+    if not quantized:
+        return {}
+    return {
+        path: f"{role} of {site.key}"
+        for site in graph.attention.sites
+        for role, paths in site.weights
+        if (site.key, role) in quantized
+        for path in paths
+    }
+
+
 def by_key(decisions: Iterable[OperandDecision]) -> dict[str, dict[str, OperandDecision]]:
     """{attention: {role: decision}}."""
     out: dict[str, dict[str, OperandDecision]] = {}

@@ -10,64 +10,111 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _attention_ops, _jaxpr, _trace
+from jqopt import _attention_ops, _hadamard, _jaxpr, _trace
 from jqopt._apply import Sited, check_paths, decided_sites
-from jqopt._attention import Product, products
+from jqopt._attention import OperandDecision, Product, products
 from jqopt._jaxpr import Address, State
-from jqopt._plan import Decision, Plan, solver
+from jqopt._plan import Plan, Unit
 from jqopt._trace import Site
-from jqopt.algorithms import Algorithm
 from jqopt.errors import CalibrationError
 
 Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
 Stats = dict[str, Any]
-"""Statistics by parameter path: a pytree of arrays, with the stacked layers' axes first. Save it, merge it, plot it."""
+"""Statistics by unit (the first of the parameters that read one activation) and name: a pytree of arrays, with the
+stacked layers' axes first. Save it, merge it, plot it."""
 
 
-def algorithm_of(decision: Decision) -> Algorithm:
-    """The algorithm that solves a site."""
-    return solver(decision.algorithm)
+def initial(plan: Plan, units: Sequence[Unit] | None = None, attention: bool | None = None) -> Stats:
+    """Statistics before any data, of all units that need some or of these; of attention's operands if all are."""
+    chosen = [u for u in plan.units if u.needs_data] if units is None else units
+    operands = _operands(plan, units, attention)
+    return {**{u.name: _initial(u) for u in chosen}, **_attention_ops.initial(operands)}
 
 
-def initial(plan: Plan) -> Stats:
-    """Statistics before any data."""
-    weights = {path: _initial(plan.quantized[path]) for path in plan.needs_data}
-    return {**weights, **_attention_ops.initial(plan.attention)}
+def _operands(plan: Plan, units: Sequence[Unit] | None, attention: bool | None) -> tuple[OperandDecision, ...]:
+    return plan.attention if (units is None if attention is None else attention) else ()
 
 
-def _initial(d: Decision) -> Any:
+def _initial(unit: Unit) -> dict[str, Any]:
+    d = unit.decision
     assert d.layout is not None, d.key
-    state = algorithm_of(d).init(d.layout.k)
+    state = {s.name: s.init(d.layout.k) for s in unit.statistics}
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (*d.outer, *x.shape)), state)
+
+
+def nbytes(unit: Unit) -> int:
+    """Bytes of a unit's statistics."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: _initial(unit))))
+
+
+def passes(plan: Plan, memory: int | None = None) -> list[tuple[Unit, ...]]:
+    """The units whose statistics are gathered together, pass by pass over the data, the last units of the model first.
+
+    Args:
+        memory: most bytes of statistics held at a time; None: no limit.
+
+    Raises:
+        CalibrationError: the statistics of one unit alone take more.
+    """
+    out: list[tuple[Unit, ...]] = []
+    used = 0
+    for unit in reversed([u for u in plan.units if u.needs_data]):
+        size = nbytes(unit)
+        if memory is not None and size > memory:
+            raise CalibrationError(
+                f"{unit.name}: its statistics alone take {size:,} bytes, and {memory:,} are allowed. Allow more, or "
+                "give it an algorithm without second moments (max, mse)"
+            )
+        if not out or (memory is not None and used + size > memory):
+            out.append(())
+            used = 0
+        out[-1], used = (*out[-1], unit), used + size
+    return out
 
 
 class Observer(Sited):
     """The observing rule: at each site, update the statistics of its activation, then run the op as it stands."""
 
+    def __init__(self, sites: Sequence[tuple[Any, Any]], units: Sequence[Unit]):
+        self.units = {key: u for u in units for key in u.at}
+        super().__init__([(s, d) for s, d in sites if s.key in self.units or isinstance(s, Product)])
+
+    def state_below(self, address: Address) -> frozenset[str]:
+        return frozenset(self._name(s) for s in self.below.get(address, ()))
+
+    def stacked_at(self, address: Address) -> frozenset[str]:
+        return frozenset(self._name(s) for s in self.below.get(address, ()) if address in s.scans)
+
+    def _name(self, site: Any) -> str:
+        """Under which the statistics of a site, or of an attention, stand."""
+        return site.key if isinstance(site, Product) else self.units[site.key].name
+
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         for site, decision in self.at[address]:
             if isinstance(site, Product):
-                seen = _attention_ops.observe(site, decision, values, state.get(site.key, {}))
-                state = {**state, site.key: seen} if site.key in state else state
+                state = {**state, site.key: _attention_ops.observe(site, decision, values, state[site.key])}
                 continue
-            assert site.path is not None, site.key
+            unit = self.units[site.key]
             x = _matrix(values[1 - site.operand], eqn, site)
-            algorithm = algorithm_of(decision)
+            if decision.rotation:
+                x = _hadamard.transform(x, decision.rotation)
             index = tuple(a.start for a in site.view.fixed) if site.view is not None else ()
-            state = {
-                **state,
-                site.path: _update_at(state[site.path], index, lambda s, a=algorithm, x=x: a.update(s, x)),
-            }
+            update = functools.partial(_updated, unit.statistics, x=x)
+            state = {**state, unit.name: _update_at(state[unit.name], index, update)}
         return _jaxpr.bind(eqn, values), state
 
     def allreduce(self, before: State, after: State, axes: tuple[str, ...]) -> State:
-        by_path = {s.path: d for found in self.at.values() for s, d in found}
-        attention = {s.key for found in self.at.values() for s, _ in found if isinstance(s, Product)}
+        kinds = {u.name: u.statistics for u in self.units.values()}
         return {
-            p: _attention_ops.allreduce(before[p], after[p], axes) if p in attention
-            else algorithm_of(by_path[p]).allreduce(before[p], after[p], axes)
-            for p in after
-        }  # fmt: skip
+            name: {s.name: s.allreduce(before[name][s.name], after[name][s.name], axes) for s in kinds[name]}
+            if name in kinds
+            else _attention_ops.allreduce(before[name], after[name], axes)
+            for name in after
+        }
+
+
+def _updated(statistics: Sequence[Any], state: Any, *, x: jax.Array) -> dict[str, Any]:
+    return {s.name: s.update(state[s.name], x) for s in statistics}
 
 
 def _update_at(state: Any, index: tuple[int, ...], update: Callable[[Any], Any]) -> Any:
@@ -97,6 +144,8 @@ def calibrate(
     *,
     stats: Stats | None = None,
     progress: Callable[[int], Any] | None = None,
+    units: Sequence[Unit] | None = None,
+    attention: bool | None = None,
     **kwargs: Any,
 ) -> Stats:
     """Runs the float model over the batches and gathers statistics of activations.
@@ -106,6 +155,8 @@ def calibrate(
         batches: an iterable of inputs, each an array, a tuple of positional inputs, or a dict of keyword inputs.
         stats: statistics of earlier batches, to go on from. Any split into batches gives the same result.
         progress: called with each finished batch's number, e.g. to move a progress bar.
+        units: those of `plan.units` to gather statistics of; all unless given.
+        attention: gather those of attention's operands? Unless said, if no units are given.
         kwargs: keywords for every call of the model (`train=False`).
 
     Raises:
@@ -113,7 +164,9 @@ def calibrate(
         PlanError: params aren't those of the plan.
     """
     # a copy: each step takes over the buffers of the last; the caller's own stay, and no two leaves share one
-    state: Stats = jax.tree.map(jnp.copy, initial(plan) if stats is None else stats)
+    chosen = tuple(u for u in plan.units if u.needs_data) if units is None else tuple(units)
+    operands = _operands(plan, units, attention)
+    state: Stats = jax.tree.map(jnp.copy, initial(plan, chosen, bool(operands)) if stats is None else stats)
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
     if not plan.needs_batches:
@@ -124,9 +177,9 @@ def calibrate(
     n = 0
     for n, batch in enumerate(batches, 1):
         arrays, rebuild, key = _trace.split_static(as_call(batch, kwargs))
-        key = ("calibrate", key)
+        key = ("calibrate", tuple(u.name for u in chosen), bool(operands), key)
         if key not in steps:
-            steps[key] = jax.jit(functools.partial(_step, plan, rebuild), donate_argnums=(0,))
+            steps[key] = jax.jit(functools.partial(_step, plan, chosen, operands, rebuild), donate_argnums=(0,))
         state = jax.block_until_ready(steps[key](state, params, arrays))  # one batch in flight, progress that is true
         if progress is not None:
             progress(n)
@@ -136,8 +189,8 @@ def calibrate(
             f"Sites that wait for data: {', '.join([*plan.needs_data, *_attention_ops.initial(plan.attention)][:6])}"
         )
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
-        check_stats(plan, state)
-        _attention_ops.check(plan.attention, state)
+        check_stats(plan, state, chosen)
+        _attention_ops.check(operands, state)
     return state
 
 
@@ -157,35 +210,43 @@ def _check(plan: Plan, params: Any) -> None:
     )
 
 
-def _step(plan: Plan, rebuild: Callable, stats: Stats, params: Any, arrays: list) -> Stats:
+def _step(
+    plan: Plan,
+    units: Sequence[Unit],
+    operands: Sequence[OperandDecision],
+    rebuild: Callable,
+    stats: Stats,
+    params: Any,
+    arrays: list,
+) -> Stats:
     inputs, kwargs = rebuild(arrays)
     closed, _, views = _trace.stage(plan.function, params, inputs, kwargs)
-    wanted = set(plan.needs_data)
-    sites = [(s, d) for s, d in decided_sites(plan, closed, views) if s.path in wanted and s.op != "gather"]
     leaves = [*jax.tree.leaves(params), *arrays]
-    observed = [(p, roles) for p, roles in products(plan.attention, closed, views) if p.key in stats]
-    _, after = _jaxpr.evaluate(closed, leaves, Observer([*sites, *observed]), stats)
+    sites = [*decided_sites(plan, closed, views), *(p for p in products(operands, closed, views) if p[0].key in stats)]
+    _, after = _jaxpr.evaluate(closed, leaves, Observer(sites, units), stats)
     return after
 
 
-def check_stats(plan: Plan, stats: Mapping[str, Any]) -> None:
-    """Every site that needs data must have seen some, all of it finite.
+def check_stats(plan: Plan, stats: Mapping[str, Any], units: Sequence[Unit] | None = None) -> None:
+    """Every unit that needs data must have seen some, all of it finite.
 
     Raises:
         CalibrationError: naming the sites.
     """
-    host = jax.device_get({p: (stats[p].seen, stats[p].amax) for p in plan.needs_data if p in stats})
-    missing = [p for p in plan.needs_data if p not in host]
-    dead = [p for p, (seen, _) in host.items() if not np.all(seen > 0)]
+    wanted = [u for u in plan.units if u.needs_data] if units is None else units
+    amax = {u.name: stats[u.name]["amax"] for u in wanted if u.name in stats}
+    host = jax.device_get({name: (a.seen, a.amax) for name, a in amax.items()})
+    members = {u.name: u.paths for u in wanted}
+    missing = [p for name in members if name not in host for p in members[name]]
+    dead = [_layers(p, seen > 0) for name, (seen, _) in host.items() if not np.all(seen > 0) for p in members[name]]
     if missing or dead:
-        names = ", ".join(_layers(p, host[p][0] > 0) if p in host else p for p in (*missing, *dead))
         raise CalibrationError(
-            f"no data reached these sites: {names}. A branch that the batches never take? Calibrate with data that "
-            "takes it, or write `input: {scaling: dynamic}` or `keep: true` for them."
+            f"no data reached these sites: {', '.join((*missing, *dead))}. A branch that the batches never take? "
+            "Calibrate with data that takes it, or write `input: {scaling: dynamic}` or `keep: true` for them."
         )
-    bad = [p for p, (_, amax) in host.items() if not np.all(np.isfinite(amax))]
+    bad = [(name, np.isfinite(a)) for name, (_, a) in host.items() if not np.all(np.isfinite(a))]
     if bad:
-        names = ", ".join(_layers(p, np.isfinite(host[p][1])) for p in bad)
+        names = ", ".join(_layers(p, good) for name, good in bad for p in members[name])
         raise CalibrationError(f"the activations at these sites hold NaN or inf: {names}. Look at the batches.")
 
 

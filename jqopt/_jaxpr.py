@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jqopt import _view
 from jqopt._qtensor import Layout, QTensor
+from jqopt.errors import UnsupportedError
 
 Address = tuple[int, ...]
 """Where an equation stands: its index in the outermost jaxpr, then, for each call it sits in, (branch, index)."""
@@ -333,6 +334,11 @@ def _placed(value: Any, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any]:
     specs = leaf_specs(value, spec, mesh)
     if specs is not None:
         return value, specs
+    if not value.tensor.is_plain:
+        raise UnsupportedError(
+            f"{value.view.path}: a shard_map would cut its blocks, and its input is rotated or scaled before it is "
+            "quantized, which only packed weights do; shard another axis, or use an algorithm without such a step"
+        )
     scale = value.tensor.input_scale
     return QDense(value.dense(), scale), QDense(spec, None if scale is None else PartitionSpec())  # type: ignore[arg-type]
 
@@ -375,6 +381,10 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
         None if tensor.input_scale is None else of(tensor.input_scale, stack[: tensor.input_scale.ndim])
     )
     fields["pre_scale"] = of(tensor.pre_scale, [*stack, ndim - 1])
+    fields["low_a"], fields["low_b"] = (
+        of(tensor.low_a, [*stack, -1, ndim - 1]),
+        of(tensor.low_b, [*stack, ndim - 2, -1]),
+    )
     return QView(tensor.replace(**fields), view)
 
 

@@ -1,4 +1,4 @@
-"""Leaves of a parameter tree by name: reads what a user passes as `params`, and gives the same kind of thing back."""
+"""Leaves of a parameter tree by name: reads what a user passes as `params`, gives the same kind back; scales leaves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jqopt._trace import Graph
+from jqopt.analysis.folds import Absorber
 from jqopt.errors import PlanError
 
 
@@ -50,3 +53,21 @@ def change(
             )
     changed = new(found)
     return graph.function.untree(treedef.unflatten([changed.get(name, leaf) for name, leaf in found.items()]))
+
+
+def scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
+    """The parameter with the scale taken up, computed in float32 at least."""
+    before = wide(leaf)
+    labels = np.maximum(absorber.labels, 0)
+    factor = jnp.asarray(scale).reshape(-1)[labels].astype(before.dtype)
+    offset = jnp.asarray(absorber.offset, before.dtype)
+    moved = before + offset if absorber.offset else before
+    moved = moved * factor if absorber.power > 0 else moved / factor
+    moved = moved - offset if absorber.offset else moved
+    touched = absorber.labels >= 0
+    return (moved if touched.all() else jnp.where(touched, moved, before)).astype(leaf.dtype)
+
+
+def wide(leaf: Any) -> jax.Array:
+    """The same in float32, or in what it is where that is wider."""
+    return jnp.asarray(leaf).astype(leaf.dtype if leaf.dtype.itemsize > 4 else jnp.float32)

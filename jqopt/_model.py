@@ -22,6 +22,7 @@ from jqopt._plan import Plan
 from jqopt._quantize import quantize as quantize
 from jqopt._recipe import Recipe, load_recipe
 from jqopt._trace import Graph
+from jqopt.algorithms import Table
 from jqopt.errors import CalibrationError, CheckpointError, UnsupportedError
 from jqopt.export.checkpoint import Checkpoint, PathLike
 from jqopt.export.orbax import load_params
@@ -45,14 +46,18 @@ def trace(model: Any, *inputs: Any, **kwargs: Any) -> Graph:
     return _trace.trace_function(function_of(model, params), tuple(rest), kwargs)
 
 
-def plan(recipe: str | dict | Recipe, graph: Graph) -> Plan:
+def plan(recipe: str | dict | Recipe, graph: Graph, *, algorithms: Table | None = None) -> Plan:
     """One decision for each site of the graph, made before anything runs; `print` it.
+
+    Args:
+        algorithms: your own, by the names that the recipe calls them: functions that take the recipe's options and
+            give a `jqopt.algorithms.Algorithm`.
 
     Raises:
         RecipeError: the recipe can't be read.
         PlanError: see `jqopt._plan.make_plan`; among others a rule that matches nothing.
     """
-    return _plan.make_plan(load_recipe(recipe), graph)
+    return _plan.make_plan(load_recipe(recipe), graph, algorithms)
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,6 +138,8 @@ def quantize_model(
     batches: Iterable[Any] | None = None,
     inputs: Any = None,
     donate: bool = False,
+    memory: int | None = None,
+    algorithms: Table | None = None,
     progress: Callable[[str, Any], Any] | None = None,
     **kwargs: Any,
 ) -> QuantizedModel:
@@ -146,6 +153,9 @@ def quantize_model(
             the shapes to trace with.
         inputs: shapes to trace with when no calibration is needed: one batch of arrays or ShapeDtypeStructs.
         donate: delete each float weight once it is packed.
+        memory: most bytes of calibration statistics to hold at a time; the batches are gone through as often as that
+            takes.
+        algorithms: your own algorithms, see `plan`.
         progress: called with ("calibrate", batch number) and ("quantize", path).
         kwargs: keywords for every call of the model (`train=False`, `method="encode"`).
 
@@ -164,14 +174,15 @@ def quantize_model(
     args, keywords = as_call(example, kwargs)
     lead = () if isinstance(model, flax_nnx.Module) else (params,)
     graph = trace(model, *lead, *args, **keywords)
-    made = plan(recipe, graph)
+    made = plan(recipe, graph, algorithms=algorithms)
     tree = graph.function.tree(model if isinstance(model, flax_nnx.Module) else params)
     tell = progress or (lambda verb, what: None)
     data = () if first is None else itertools.chain([first], feed)
-    stats = None
-    if made.needs_batches:
-        stats = calibrate(made, tree, data, progress=lambda n: tell("calibrate", n), **kwargs)
-    quant = quantize(made, tree, stats, donate=donate, progress=lambda p: tell("quantize", p))
+    feed = data if made.needs_batches else None
+    quant = quantize(
+        made, tree, batches=feed, memory=memory, donate=donate, progress=lambda p: tell("quantize", p),
+        calibrating=lambda n: tell("calibrate", n), **kwargs,
+    )  # fmt: skip
     qm = QuantizedModel(model, made, quant, _shapes((args, keywords)))
     qm.floats = _Weak(tree)
     return qm

@@ -288,7 +288,7 @@ def scale_from_amax(amax: Array, format: Format) -> Array:
 
 
 def _scale_max(format: Format) -> float:
-    return E4M3.max if format.global_scale else 1.0
+    return format.scale_max if format.global_scale else 1.0
 
 
 def _safe(scale: Array) -> Array:
@@ -349,6 +349,8 @@ def _find_scales(
     if tensor_scale is None:
         whole = amax_of(amax, (-2, -1)) if tensor_amax is None else jnp.asarray(tensor_amax)
         tensor_scale = scale_from_amax(whole, format)
+    if format.global_scale and len(format.ranges) > 1 and tile_amax is None:
+        return _best_range(tiles, amax, tensor_scale, format)
     if format.global_scale:
         return _two_level_scales(amax, tensor_scale, format)
     scale = jnp.broadcast_to(tensor_scale.astype(jnp.float32)[..., None, None], amax.shape)
@@ -362,6 +364,28 @@ def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scal
     rounded = round_to(lax.clamp(np.float32(2.0**-9), scale, np.float32(E4M3.max)), E4M3)
     scale = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
     return _Scales(scale, lax.mul(scale, _per_matrix(whole, scale)), whole)
+
+
+def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
+    """Of the scales that the format's ranges give, each block's with the least squared error; the first of equals."""
+    each = [_two_level_scales(lax.mul(amax, np.float32(f)), global_scale, format) for f in format.ranges]
+    raw, divisor, least = each[0].raw, each[0].raw, jnp.full_like(amax, jnp.inf)
+    for found in each:
+        factor = lax.mul(found.raw, _per_matrix(global_scale_of(found), amax))
+        wrong = lax.sub(
+            lax.mul(round_to(divide(tiles, _met(factor, tiles)), format.element), _met(factor, tiles)), tiles
+        )
+        error = jnp.sum(jnp.square(wrong), axis=(-3, -1))
+        better = lax.lt(error, least)
+        raw, divisor = lax.select_n(better, raw, found.raw), lax.select_n(better, divisor, factor)
+        least = lax.min(error, least)
+    return _Scales(raw, divisor, each[0].global_scale)
+
+
+def global_scale_of(scales: _Scales) -> Array:
+    """The global scale of scales that have one."""
+    assert scales.global_scale is not None
+    return scales.global_scale
 
 
 def _per_matrix(x: Array, tiles: Array) -> Array:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jqopt import _attention, _recipe, algorithms
 from jqopt._attention import OperandDecision
 from jqopt._ops import InputFormat
@@ -17,10 +19,11 @@ from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
 from jqopt._table import table
 from jqopt._trace import Graph, Site
 from jqopt.algorithms import Algorithm
+from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `attention`
+VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Decision:
     group: str = ""  # key of the first site among those that read the same activation in the same way
     fused: str = ""  # key of the first site among those of the group whose weights share one tensor-level scale
     fold: str = ""  # where a scale on the group's input can be absorbed, or why nowhere
+    scaled: str = ""  # the algorithm scales the input: FOLDED, or why the scale stays beside the packed weight
+    takes: str = ""  # keys of the sites whose input's scale goes into this weight
+    rotation: int = 0  # block of the Hadamard transform of the input
+    rank: int = 0  # of the low-rank part beside the packed weight
     layout: Layout | None = None
     outer: tuple[int, ...] = ()  # leading stack axes that have their own input scale
     dtype: str = ""
@@ -60,11 +67,6 @@ class Decision:
         return self.input is not None and self.input.needs_calibration
 
     @property
-    def uses_data(self) -> bool:
-        """Does the weight's algorithm need statistics of the activation?"""
-        return bool(self.algorithm) and solver(self.algorithm).uses_data
-
-    @property
     def input_format(self) -> InputFormat | None:
         """The activation's quantizer, or None if activations stay as they are."""
         if self.input is None:
@@ -81,6 +83,32 @@ class Parameter:
     dtype: str
 
 
+FOLDED = "folded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Parameters that are solved together, since they read one activation. Their statistics go by its name.
+
+    `at`: the sites where these are updated, one for each activation that the parameters read.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    at: frozenset[str]
+    decision: Decision
+    algorithm: Algorithm
+    needs_data: bool
+
+    @property
+    def statistics(self) -> tuple[algorithms.Statistic, ...]:
+        """What is gathered: that of the algorithm, and for a static input its largest value."""
+        found = {s.name: s for s in (algorithms.AMAX, *self.algorithm.statistics)}
+        if self.decision.has_static_input and self.algorithm.scales_input:
+            found["channels"] = algorithms.CHANNELS
+        return tuple(found.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One decision a site. `print(plan)` is the table; `plan.function` is the model it was made for."""
@@ -91,6 +119,8 @@ class Plan:
     opaque: tuple[str, ...] = ()
     function: Any = dataclasses.field(default=None, compare=False, repr=False)
     attention: tuple[OperandDecision, ...] = ()
+    graph: Graph | None = dataclasses.field(default=None, compare=False, repr=False)  # None: read from a file
+    algorithms: algorithms.Table = dataclasses.field(default_factory=dict, compare=False, repr=False)  # a user's own
     compiled: dict = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)  # a cache
 
     def __getitem__(self, key: str) -> Decision:
@@ -113,7 +143,15 @@ class Plan:
     @property
     def needs_data(self) -> tuple[str, ...]:
         """Paths of the parameters whose sites need statistics of their activations."""
-        return tuple(p for p, d in self.quantized.items() if d.has_static_input or d.uses_data)
+        return tuple(p for u in self.units if u.needs_data for p in u.paths)
+
+    @functools.cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """Parameters that are solved together, in the order of their first sites."""
+        members: dict[str, list[str]] = {}
+        for path, d in self.quantized.items():
+            members.setdefault(d.group or d.key, []).append(path)
+        return tuple(_unit(self, tuple(paths)) for paths in members.values())
 
     @property
     def needs_batches(self) -> bool:
@@ -137,19 +175,30 @@ class Plan:
             f"values), {self.bits_per_weight:.2f} bits each; recipe {self.recipe.name!r}"
         )
         if folds := _fold_rows(self.decisions):
-            lines += ["", table(("input of", "a scale on it folds into"), folds)]
+            lines += ["", table(("input of", "a scale on it folds into", "the algorithm's scale"), folds)]
         if self.attention:
             lines += ["", table(_attention.HEAD, _attention.rows(self.attention))]
         return "\n".join([*lines, *(f"opaque: {o}" for o in self.opaque)])
 
 
-def _fold_rows(decisions: Iterable[Decision]) -> list[tuple[str, str]]:
-    """For each group of quantized sites: its first site, how many more, and where a scale on its input can go."""
-    members: dict[tuple[str, str], list[str]] = {}
+def _fold_rows(decisions: Iterable[Decision]) -> list[tuple[str, str, str]]:
+    """For each group of quantized sites: its first site, how many more, where a scale on its input can go, and goes."""
+    members: dict[tuple[str, str, str], list[str]] = {}
     for d in decisions:
         if d.weight is not None and d.fold:
-            members.setdefault((d.group, d.fold), []).append(d.key)
-    return [(f"{keys[0]} +{len(keys) - 1}".removesuffix(" +0"), fold) for (_, fold), keys in members.items()]
+            members.setdefault((d.group, d.fold, d.scaled), []).append(d.key)
+    return [(f"{k[0]} +{len(k) - 1}".removesuffix(" +0"), fold, scaled) for (_, fold, scaled), k in members.items()]
+
+
+def _unit(plan: Plan, paths: tuple[str, ...]) -> Unit:
+    decision = plan.quantized[paths[0]]
+    at: dict[str, str] = {}
+    for d in plan.decisions:
+        if d.path in paths and d.weight is not None and d.op != "gather":
+            at.setdefault(d.group or d.key, d.key)
+    algorithm = solver(decision.algorithm, plan.algorithms)
+    needs = decision.has_static_input or algorithm.uses_data
+    return Unit(paths[0], paths, frozenset(at.values()), decision, algorithm, needs)
 
 
 def _row(d: Decision) -> tuple:
@@ -172,8 +221,11 @@ def describe(spec: TensorSpec | None) -> str:
     return f"{format.name}{scale}" + (f" {spec.scaling}" if spec.scaling == "dynamic" else "")
 
 
-def make_plan(recipe: Recipe, graph: Graph) -> Plan:
+def make_plan(recipe: Recipe, graph: Graph, own: algorithms.Table | None = None) -> Plan:
     """Decides every site of the graph.
+
+    Args:
+        own: a user's algorithms, by the names that the recipe calls them.
 
     Raises:
         PlanError: a rule matches nothing (and isn't `optional`), a rule never decides because earlier ones shadow
@@ -181,19 +233,20 @@ def make_plan(recipe: Recipe, graph: Graph) -> Plan:
             algorithm's name is unknown.
     """
     chosen = {s.key: _choose(recipe, s) for s in graph.sites}
-    decisions = [_decide(recipe, s, chosen[s.key], graph) for s in graph.sites]
+    partial = _partial(graph)
+    decisions = [_decide(recipe, s, chosen[s.key], graph, partial.get(s.path or "", ""), own) for s in graph.sites]
     decisions = _fused(recipe, graph, _grouped(graph, decisions))
     attention = _attention.decide(recipe, graph)
     why = _attention.reasons(graph, attention)
     decisions = [dataclasses.replace(d, reason=why.get(d.key, d.reason)) for d in decisions]
     _check_rules(recipe, graph, chosen)
-    _check_parameters(graph, decisions)
+    _check_parameters(graph, decisions, own)
     parameters = {p: Parameter(tuple(s.shape), str(s.dtype)) for p, s in graph.parameters.items()}
     opaque = tuple(f"{o.primitive} in {o.scope or graph.function.name}: {o.reason}" for o in graph.opaque)
-    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, attention)
+    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, attention, graph, dict(own or {}))
     if not plan.quantized and not (attention and not any(r.weight for r in recipe.rules)):
         raise PlanError(_nothing(recipe, graph, decisions))
-    return plan
+    return _with_scales(plan, graph)
 
 
 def _choose(recipe: Recipe, site: Site) -> _recipe.Rule | None:
@@ -202,7 +255,9 @@ def _choose(recipe: Recipe, site: Site) -> _recipe.Rule | None:
     return next((r for r in recipe.rules if _recipe.matches(r, site)), None)
 
 
-def _decide(recipe: Recipe, site: Site, rule: _recipe.Rule | None, graph: Graph) -> Decision:
+def _decide(
+    recipe: Recipe, site: Site, rule: _recipe.Rule | None, graph: Graph, partial: str, own: algorithms.Table | None
+) -> Decision:
     plain = Decision(site.key, site.op, site.path)
     if site.reason is not None:
         return dataclasses.replace(plain, reason=site.reason, rule=rule.where if rule and rule.weight else "")
@@ -216,13 +271,19 @@ def _decide(recipe: Recipe, site: Site, rule: _recipe.Rule | None, graph: Graph)
     note, input_spec = "", rule.input
     if site.op == "gather" and input_spec is not None:
         note, input_spec = "input left alone: a lookup multiplies nothing", None
-    algorithm, instead = _suited(site, _algorithms(rule.algorithm or recipe.algorithm, rule))
-    note = "; ".join(filter(None, (note, instead)))
     spec = rule.weight
+    plain = dataclasses.replace(
+        plain, weight=spec, input=input_spec, algorithm=_algorithms(rule.algorithm or recipe.algorithm, rule, own),
+        rule=rule.where, layout=layout, outer=site.outer, dtype=str(graph.parameters[site.path or ""].dtype),
+    )  # fmt: skip
+    algorithm, instead = _suited(plain, partial, own)
+    whole_step = solver(algorithm, own)
+    rank = algorithms.rank_at(whole_step.rank, layout.n, layout.k)
     bits = spec.element_format().bits_per_value(layout.n, layout.k, spec.granularity)
-    return Decision(
-        site.key, site.op, site.path, spec, input_spec, algorithm, rule.where, note=note,
-        layout=layout, outer=site.outer, dtype=str(graph.parameters[site.path or ""].dtype), bits=bits,
+    return dataclasses.replace(
+        plain, algorithm=algorithm, note="; ".join(filter(None, (note, instead))),
+        rotation=layout.k if whole_step.rotation < 0 else whole_step.rotation, rank=rank,
+        bits=bits + 16 * rank * (layout.n + layout.k) / max(layout.n * layout.k, 1),
     )  # fmt: skip
 
 
@@ -239,26 +300,131 @@ def globalized(layout: Layout, whole: tuple[int, ...]) -> Layout:
     return Layout(whole, tuple(atoms), layout.stack, layout.rows, layout.cols)
 
 
-def solver(specs: tuple[AlgorithmSpec, ...]) -> Algorithm:
-    """The algorithm that solves a site."""
-    return algorithms.get(specs[-1].name, **specs[-1].options)
+def solver(specs: tuple[AlgorithmSpec, ...], own: algorithms.Table | None = None) -> Algorithm:
+    """The algorithm that solves a site: those of the recipe, chained. Equal specs give the same value.
+
+    Raises:
+        PlanError: a name or an option is unknown, or they can't follow each other.
+    """
+    return _solver(specs, tuple((own or {}).items()))
 
 
-def _suited(site: Site, specs: tuple[AlgorithmSpec, ...]) -> tuple[tuple[AlgorithmSpec, ...], str]:
-    """(algorithms, note): `max` where a site isn't one product over all input channels of the parameter's matrix."""
-    if not solver(specs).uses_data or (site.op in ("dot_general", "ragged_dot") and site.contracted == site.layout.k):
-        return specs, ""
-    why = "a lookup" if site.op == "gather" else "a convolution" if site.op == "conv" else "a product over a part of it"
-    return (MAX,), f"max in place of {specs[-1].name}, which can't solve {why}"
+@functools.lru_cache
+def _solver(specs: tuple[AlgorithmSpec, ...], own: tuple) -> Algorithm:
+    return algorithms.chain(*(_one(spec, own) for spec in specs))
 
 
-def _algorithms(specs: Iterable[AlgorithmSpec], rule: _recipe.Rule) -> tuple[AlgorithmSpec, ...]:
-    for spec in specs:
-        try:
-            algorithms.get(spec.name, **spec.options)
-        except PlanError as e:
-            raise PlanError(f"{rule.where}: {e}") from None
+@functools.lru_cache
+def _one(spec: AlgorithmSpec, own: tuple) -> Algorithm:
+    return algorithms.get(spec.name, dict(own), **spec.options)
+
+
+def _partial(graph: Graph) -> dict[str, str]:
+    """{path: what reads it otherwise} of parameters that some site doesn't contract as a whole matrix, in words."""
+    out: dict[str, str] = {}
+    for s in graph.sites:
+        if s.path is None or s.reason is not None:
+            continue
+        if s.op in ("gather", "conv"):
+            out.setdefault(s.path, "a lookup" if s.op == "gather" else "a convolution")
+        elif s.contracted != s.layout.k:
+            out.setdefault(s.path, "a product over a part of it")
+    return out
+
+
+def _suited(d: Decision, partial: str, own: algorithms.Table | None) -> tuple[tuple[AlgorithmSpec, ...], str]:
+    """(algorithms, note): without the steps that need a product over all input channels of the parameter's matrix,
+    where some site is another, and without those that refuse the format or the size; `max` where none is left.
+    """
+    assert d.layout is not None
+    steps = [(spec, _one(spec, tuple((own or {}).items()))) for spec in d.algorithm]
+    kept, notes = [], []
+    stuck = [spec for spec, step in steps if partial and (step.uses_data or step.rotation or step.rank)]
+    problem = algorithms.Problem(d.format, d.granularity, None)
+    for spec, step in steps:
+        why = step.refuses(problem, d.layout.n, d.layout.k)
+        if spec in stuck:
+            continue
+        if why:
+            notes.append(f"without {step.name}: {why}")
+        else:
+            kept.append(spec)
+    if stuck:
+        rest = "+".join(s.name for s in kept) or MAX.name
+        notes.insert(0, f"{rest} in place of {'+'.join(s.name for s in stuck)}, which can't solve {partial}")
+    return tuple(kept) or (MAX,), "; ".join(notes)
+
+
+def _algorithms(
+    specs: Iterable[AlgorithmSpec], rule: _recipe.Rule, own: algorithms.Table | None
+) -> tuple[AlgorithmSpec, ...]:
+    try:
+        solver(tuple(specs), own)
+    except PlanError as e:
+        raise PlanError(f"{rule.where}: {e}") from None
     return tuple(specs)
+
+
+def _with_scales(plan: Plan, graph: Graph) -> Plan:
+    """Says of each site whose algorithm scales its input whether a parameter before it takes up the scale."""
+    order = {path: i for i, u in enumerate(plan.units) for path in u.paths}
+    said: dict[str, str] = {}
+    takes: dict[str, str] = {}
+    for i, unit in enumerate(plan.units):
+        if unit.algorithm.scales_input:
+            why = _unfolded(plan, graph, unit, i, order)
+            said.update(dict.fromkeys(unit.paths, why or FOLDED))
+            taking = () if why else fold_of(graph, unit).absorbers
+            takes.update({a.path: ", ".join(filter(None, (takes.get(a.path), unit.decision.key))) for a in taking})
+    if not said:
+        return plan
+    decisions = []
+    for d in plan.decisions:
+        if d.path in said and d.weight is not None and d.layout is not None:
+            stays = said[d.path] != FOLDED
+            d = dataclasses.replace(d, scaled=said[d.path], bits=d.bits + stays * 32 / max(d.layout.n, 1))
+        if d.path in takes:
+            d = dataclasses.replace(d, takes=takes[d.path])
+        decisions.append(d)
+    return dataclasses.replace(plan, decisions=tuple(decisions))
+
+
+def _unfolded(plan: Plan, graph: Graph, unit: Unit, number: int, order: Mapping[str, int]) -> str:
+    """Why the scale of a unit's input stays beside its packed weights; '' if it folds."""
+    fold = fold_of(graph, unit)
+    if unit.decision.rotation:
+        return "kept: it follows a rotation"
+    if fold.reason:
+        return f"kept: {fold.reason}"
+    if len(unit.at) > 1:
+        return "kept: the weights read several activations"
+    apart = [c.path for c in fold.consumers if c.path in order and c.path not in unit.paths]
+    if apart:
+        return f"kept: {apart[0]} reads the same input and is quantized on its own"
+    late = [a.path for a in fold.absorbers if order.get(a.path, -1) >= number]
+    if late:
+        return f"kept: {late[0]} would take it up, and is solved before"
+    held = _attention.held(graph, plan.attention)
+    changed = [a.path for a in fold.absorbers if a.path in held]
+    if changed:
+        return f"kept: {changed[0]} would take it up, and {held[changed[0]]} is quantized as it is"
+    if local_ties(fold) is None:
+        return "kept: layers would have to share it"
+    return ""
+
+
+def fold_of(graph: Graph, unit: Unit) -> Fold:
+    """The fold of the input that a unit's weights read."""
+    name = next(g.name for g in graph.groups if any(s.key == unit.decision.key for s in g))
+    return graph.folds[name]
+
+
+def local_ties(fold: Fold) -> np.ndarray | None:
+    """The fold's ties with each layer's channels counted from 0, [*outer, k] int32; None if they join layers."""
+    k = fold.shape[-1]
+    flat = np.arange(math.prod(fold.shape)).reshape(-1, k) if fold.ties is None else fold.ties.reshape(-1, k)
+    layer = np.arange(len(flat))[:, None]
+    return None if np.any(flat // k != layer) else (flat % k).astype(np.int32).reshape(fold.shape)
 
 
 def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
@@ -267,7 +433,8 @@ def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
     out = []
     for site, d in zip(graph.sites, decisions, strict=True):
         if d.weight is not None and site.activation >= 0:
-            same = (site.activation, site.contracted, d.op, d.weight, d.input, d.algorithm, d.outer)
+            read = (site.activation, site.contracted, site.input_shape, site.input_axes)
+            same = (*read, d.op, d.weight, d.input, d.algorithm, d.outer)
             d = dataclasses.replace(d, group=lead.setdefault(same, d.key))
         out.append(d)
     return out
@@ -342,7 +509,7 @@ def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more if names else "none"
 
 
-def _check_parameters(graph: Graph, decisions: list[Decision]) -> None:
+def _check_parameters(graph: Graph, decisions: list[Decision], own: algorithms.Table | None) -> None:
     """Every use of a parameter must ask the same of it: there is one packed copy."""
     first: dict[str, Decision] = {}
     for site, d in zip(graph.sites, decisions, strict=True):
@@ -356,6 +523,7 @@ def _check_parameters(graph: Graph, decisions: list[Decision]) -> None:
                 "`match: {path: ..., used_by: gather}`), or `keep: true` for the parameter."
             )
         static = d.input is not None and d.input.needs_calibration
+        static = static or (d.weight is not None and solver(d.algorithm, own).uses_data)
         if d.weight is not None and static and other.outer != d.outer:
             raise PlanError(
                 f"{d.path}: site {other.key} reads it as layers {list(other.outer)}, site {d.key} as "

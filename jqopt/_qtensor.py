@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
-from jqopt import formats
+from jqopt import _hadamard, formats
 from jqopt._numerics import dequantize_matrix, quantize_matrix
 from jqopt.errors import UnsupportedError
 from jqopt.formats import Format
@@ -132,7 +132,7 @@ class Layout:
         return atoms.transpose(back).reshape((*lead, *layout.shape))
 
 
-_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale")
+_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale", "low_a", "low_b")
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +142,9 @@ class QTensor:
 
     Leaves: `data` [*stack, n, bytes] packed codes; `scale` [*stack, rows, cols] float32, or e4m3/e8m0 bits in uint8;
     `global_scale` [*stack]; `zero_point` like scale; `input_scale` [*stack], the static scale of the activation that
-    meets this parameter; `pre_scale` [*stack, k], which the activation is multiplied with before it is quantized.
+    meets this parameter; `pre_scale` [*stack, k], which the activation is multiplied with before it is quantized;
+    `low_a` [*stack, r, k] and `low_b` [*stack, n, r] bfloat16, a low-rank part that reads the activation before that.
+    `rotation`: the block of the Hadamard transform that the activation goes through first; 0: none.
     """
 
     data: Array
@@ -155,6 +157,9 @@ class QTensor:
     granularity: str = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
+    low_a: Array | None = None
+    low_b: Array | None = None
+    rotation: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def quantize(
@@ -188,16 +193,27 @@ class QTensor:
         return cls(*codes, None, None, fmt, granularity or fmt.granularity, layout, x.dtype.name)
 
     def matrix(self) -> Array:
-        """float32 [*stack, n, k]: what the codes stand for, as the GEMM sees it (without `pre_scale`)."""
+        """float32 [*stack, n, k]: what the codes stand for, as the GEMM sees it (see `whole` for the rest)."""
         leaves = (self.data, self.scale, self.global_scale, self.zero_point)
         return dequantize_matrix(*leaves, self.format, self.layout.k)
 
-    def dequantize(self) -> Array:
-        """The parameter this stands for, in its own shape and dtype (`pre_scale`, if any, multiplied in)."""
+    def whole(self) -> Array:
+        """float32 [*stack, n, k]: what the plain activation meets, everything beside the codes included."""
         matrix = self.matrix()
+        if self.low_a is not None and self.low_b is not None:
+            matrix = matrix + jnp.matmul(self.low_b.astype(jnp.float32), self.low_a.astype(jnp.float32))
         if self.pre_scale is not None:
             matrix = matrix * self.pre_scale[..., None, :]
-        return self.layout.from_matrix(matrix).astype(self.dtype)
+        return _hadamard.inverse(matrix, self.rotation) if self.rotation else matrix
+
+    def dequantize(self) -> Array:
+        """The parameter this stands for, in its own shape and dtype, everything beside the codes included."""
+        return self.layout.from_matrix(self.whole()).astype(self.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Does the activation meet the codes as it is: no rotation, scale or low-rank part beside them?"""
+        return self.rotation == 0 and self.pre_scale is None and self.low_a is None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,42 +1,58 @@
-"""Quantizing: solves every weight of the plan, one at a time, and puts QTensors where arrays stood."""
+"""Quantizing: solves the weights of the plan, those that read one activation together, and packs them."""
 
 from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jqopt import _attention_ops, _numerics, _trace, _view, algorithms
+from jqopt import _attention_ops, _calibrate, _leaves, _numerics, _trace, _view, algorithms
 from jqopt._apply import Quantized, check_paths
-from jqopt._calibrate import Stats, algorithm_of, check_stats
+from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
 from jqopt._numerics import amax_of
-from jqopt._plan import Decision, Plan
-from jqopt._qtensor import QTensor
-from jqopt.algorithms import Problem
-from jqopt.errors import CalibrationError, UnsupportedError
+from jqopt._plan import FOLDED, Decision, Plan, Unit, fold_of, local_ties
+from jqopt._qtensor import Layout, QTensor
+from jqopt.algorithms import Algorithm, InputQuantizer, Problem
+from jqopt.analysis.folds import Fold
+from jqopt.errors import CalibrationError, PlanError, UnsupportedError
 
 Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
 
 
 def quantize(
-    plan: Plan, params: Any, stats: Stats | None = None, *, donate: bool = False, progress: Callable | None = None
+    plan: Plan,
+    params: Any,
+    stats: Stats | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    memory: int | None = None,
+    donate: bool = False,
+    progress: Callable | None = None,
+    calibrating: Callable[[int], Any] | None = None,
+    **kwargs: Any,
 ) -> Quantized:
     """Packs the weights that the plan quantizes; other leaves are handed on as they are.
 
-    One parameter is worked on at a time, so beside the model and the result at most one float parameter is held.
+    The weights that read one activation are worked on together, the last of the model first, so beside the model and
+    the result at most those are held. Scales that the plan folds go into parameters before them.
 
     Args:
         params: the tree the plan was made for (float); of an NNX model, the module.
         stats: from `calibrate`; not needed when every activation is dynamic (`plan.needs_data` is empty).
+        batches: instead of `stats`: calibrates by itself, in as many passes over the batches as `memory` asks for.
+        memory: most bytes of statistics to hold at a time.
         donate: delete each float weight once it is packed. The caller's tree can't be used afterwards.
         progress: called with the path of each packed parameter.
+        calibrating: called with each batch's number, with `batches`.
+        kwargs: keywords for every call of the model, with `batches`.
 
     Raises:
         CalibrationError: the plan needs statistics and got none (or not of every site).
@@ -49,30 +65,69 @@ def quantize(
     leaves = [leaf for _, leaf in flat]
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
-    _check_input(plan, found, stats)
-    attention = _attention_ops.solve(plan.attention, stats)
-    shared, inputs = group_amax(plan, found), input_amax(plan, stats or {})
+    _check_input(plan, found, stats, batches)
+    work, done = _Work(plan, found), []
+    free = [u for u in plan.units if not u.needs_data]
+    rounds = _calibrate.passes(plan, memory) if batches is not None else [tuple(u for u in plan.units if u.needs_data)]
+    rounds, attention = rounds or [()], {} if batches is not None else _attention_ops.solve(plan.attention, stats)
+    again = _repeatable(batches, len(rounds))
     uses = collections.Counter(id(leaf) for leaf in leaves)  # one array may stand at several paths
-    for i, path in enumerate(paths):
-        d = plan.quantized.get(path) if path is not None else None
-        if d is None or path is None:
-            continue
-        state = None if stats is None or path not in plan.needs_data else stats[path]
-        packed = solve(d, leaves[i], state, shared.get(path), inputs.get(path))
-        uses[id(leaves[i])] -= 1
-        if donate and isinstance(leaves[i], jax.Array) and not uses[id(leaves[i])]:
-            jax.block_until_ready(packed)
-            leaves[i].delete()
-        leaves[i] = packed
-        if progress is not None:
-            progress(path)
-    return Quantized(treedef.unflatten(leaves), attention)
+    for number, units in enumerate(rounds):
+        here = stats
+        if batches is not None and (units or plan.needs_batches):
+            here = _calibrate.calibrate(
+                plan, params, again, units=units, attention=not number, progress=calibrating, **kwargs
+            )
+            attention = attention if number else _attention_ops.solve(plan.attention, here)
+        last = number == len(rounds) - 1
+        for unit in _ordered(plan, (*units, *free) if last else units):
+            work.solve(unit, None if here is None else here.get(unit.name))
+            done += unit.paths
+            for path in unit.paths:
+                before = found[path]
+                uses[id(before)] -= 1
+                if donate and last and isinstance(before, jax.Array) and not uses[id(before)]:
+                    jax.block_until_ready(work.leaves[path])
+                    before.delete()
+                if progress is not None:
+                    progress(path)
+    if donate:
+        _delete([found[p] for p in done], uses)
+    now = [leaf if p is None else work.leaves[p] for p, leaf in zip(paths, leaves, strict=True)]
+    if batches is not None and not plan.needs_batches:
+        attention = _attention_ops.solve(plan.attention, None)
+    return Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
 
 
-def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None) -> None:
+def _ordered(plan: Plan, units: Iterable[Unit]) -> list[Unit]:
+    """The last of the model first: a scale of an input goes into parameters that are still float."""
+    place = {u.name: i for i, u in enumerate(plan.units)}
+    return sorted(units, key=lambda u: -place[u.name])
+
+
+def _delete(arrays: list[Any], uses: Mapping[int, int]) -> None:
+    for x in arrays:
+        if isinstance(x, jax.Array) and not uses[id(x)] and not x.is_deleted():
+            x.delete()
+
+
+def _repeatable(batches: Iterable[Any] | None, times: int) -> Any:
+    """The batches, kept in a list if they can be gone through only once and that isn't enough."""
+    return list(batches) if batches is not None and times > 1 and iter(batches) is batches else batches
+
+
+def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None, batches: Any) -> None:
     again = [p for p, leaf in found.items() if isinstance(leaf, QTensor)]
     if again:
         raise UnsupportedError(f"{again[0]} is quantized already ({found[again[0]]!r}); quantize the float model.")
+    folds = [d.key for d in plan.decisions if d.scaled == FOLDED]
+    if folds and plan.graph is None:
+        raise PlanError(
+            f"this plan folds the input scale of {folds[0]} into parameters before it, and it was read from a file, "
+            "without the model's dataflow; make it anew with jqopt.plan(recipe, graph)"
+        )
+    if batches is not None:
+        return
     if plan.needs_data and stats is None:
         raise CalibrationError(
             f"{len(plan.needs_data)} sites need statistics of their activations (first: {plan.needs_data[0]}). "
@@ -86,26 +141,100 @@ def _traced(tree: Any) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
-def group_amax(plan: Plan, found: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Largest |weight| of those that share a tensor-level scale, by path: [*stack] float32.
+class _Work:
+    """The parameters while they are packed: floats, folded floats and QTensors, by path."""
 
-    Fused sites (q, k, v; gate, up) share the global scale of nvfp4 and the per-tensor scale of fp8, since serving
-    engines run them as one matrix product.
+    def __init__(self, plan: Plan, found: Mapping[str, Any]):
+        self.plan, self.leaves = plan, dict(found)
+        self.amax: dict[str, jax.Array] = {}  # of the packed ones, before
+        self.inputs: dict[str, jax.Array] = {}
+        self.mates: dict[str, list[str]] = {}
+        for path, d in plan.quantized.items():
+            amax = _amax(found[path], d.layout)
+            if not isinstance(amax, Tracer) and not np.all(np.isfinite(np.asarray(amax))):
+                raise UnsupportedError(
+                    f"{path}: the weight holds NaN or inf; it can't be quantized to {d.format.name}."
+                )
+            self.mates.setdefault(d.fused or d.key, []).append(path)
+
+    def shared(self, path: str) -> jax.Array | None:
+        """Largest |weight| [*stack] of those that share a tensor-level scale with this one.
+
+        Fused sites (q, k, v; gate, up) share the global scale of nvfp4 and the per-tensor scale of fp8, since serving
+        engines run them as one matrix product.
+        """
+        d = self.plan.quantized[path]
+        if not (d.format.global_scale or d.granularity == "tensor") or d.format.zero_point:
+            return None
+        mates = self.mates[d.fused or d.key]
+        for p in mates:
+            if not isinstance(self.leaves[p], QTensor):
+                self.amax[p] = _amax(self.leaves[p], self.plan.quantized[p].layout)
+        found = [self.amax[p] for p in mates]
+        return functools.reduce(jnp.maximum, found) if len({a.shape for a in found}) == 1 else self.amax[path]
+
+    def solve(self, unit: Unit, state: Any) -> None:
+        """Packs the parameters of a unit, and lets those before it take up the scale of its input."""
+        d = unit.decision
+        fold = fold_of(self.plan.graph, unit) if d.scaled == FOLDED and self.plan.graph is not None else None
+        ties = None if fold is None or fold.ties is None else jnp.asarray(local_ties(fold))
+        weights = tuple(self.leaves[p] for p in unit.paths)
+        shared = tuple(self.shared(p) for p in unit.paths)
+        state = state if unit.needs_data else None
+        got = solve_unit(self.plan, unit, weights, shared, state, ties, powers=self._coarse(fold))
+        if fold is not None:
+            self._fold(fold, unit, _numerics.divide(jnp.float32(1), got[0].pre_scale))
+        amax = got[0].input_amax
+        for path, result in zip(unit.paths, got, strict=True):
+            self.leaves[path] = _packed(self.plan.quantized[path], result, fold is None, self.leaves[path].dtype)
+            if d.has_static_input and amax is not None:
+                self.inputs[path] = amax
+
+    def _coarse(self, fold: Fold | None) -> bool:
+        """Would parameters that take up a scale round it?"""
+        if fold is None:
+            return False
+        taking = [a.path for a in fold.absorbers] + [c.path for c in fold.consumers]
+        return any(jnp.finfo(self.leaves[p].dtype).nmant < 23 for p in taking if hasattr(self.leaves[p], "dtype"))
+
+    def _fold(self, fold: Fold, unit: Unit, scale: jax.Array) -> None:
+        """Divides the input by a scale: what takes it up, and kept weights that read the same input."""
+        others = [c for c in fold.consumers if c.path not in unit.paths]
+        for a in (*fold.absorbers, *others):
+            self.leaves[a.path] = _leaves.scaled(self.leaves[a.path], a, scale)
+
+    def shared_inputs(self, paths: list[str | None], leaves: list[Any]) -> list[Any]:
+        """The leaves with their static input scales: one for all parameters that read one activation."""
+        scales = _input_scales(self.plan, self.inputs)
+        return [
+            leaf.replace(input_scale=scales[p]) if p is not None and p in scales and isinstance(leaf, QTensor) else leaf
+            for p, leaf in zip(paths, leaves, strict=True)
+        ]
+
+
+def _input_scales(plan: Plan, amax: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The static input scale of each parameter, [*outer] float32.
+
+    Parameters that read one activation (q, k, v) get one scale, also where one of them reads another one besides.
     """
-    amax: dict[str, jax.Array] = {}
-    for path, d in plan.quantized.items():
-        amax[path] = _amax(found[path], d.layout)
-        if not isinstance(amax[path], Tracer) and not np.all(np.isfinite(np.asarray(amax[path]))):
-            raise UnsupportedError(f"{path}: the weight holds NaN or inf; it can't be quantized to {d.format.name}.")
-    groups: dict[str, list[str]] = {}
-    for path, d in plan.quantized.items():
-        if d.format.global_scale or d.granularity == "tensor":
-            groups.setdefault(d.fused or d.key, []).append(path)
-    out = {}
-    for members in groups.values():
-        shapes = {amax[p].shape for p in members}
-        whole = functools.reduce(jnp.maximum, [amax[p] for p in members]) if len(shapes) == 1 else None
-        out.update({p: amax[p] if whole is None else whole for p in members})
+    amax = dict(amax)
+    groups: dict[str, set[str]] = {}
+    for d in plan.decisions:
+        if d.group and d.path in amax and not d.scaled:
+            groups.setdefault(d.group, set()).add(d.path)
+    for members in _components(list(groups.values())):
+        whole = functools.reduce(jnp.maximum, [amax[p] for p in sorted(members)])
+        amax.update(dict.fromkeys(members, whole))
+    inputs = {p: plan.quantized[p].input for p in amax}
+    return {p: _numerics.scale_from_amax(a, i.element_format()) for p, a in amax.items() if (i := inputs[p])}
+
+
+def _components(groups: list[set[str]]) -> list[set[str]]:
+    """Groups with a common member, joined."""
+    out: list[set[str]] = []
+    for group in groups:
+        touching = [g for g in out if g & group]
+        out = [g for g in out if not g & group] + [set().union(group, *touching)]
     return out
 
 
@@ -119,62 +248,81 @@ def _amax(w: jax.Array, layout: Any) -> jax.Array:
     return amax_of(layout.to_matrix(w), (-2, -1)).astype(jnp.float32)
 
 
-def input_amax(plan: Plan, stats: Stats) -> dict[str, jax.Array]:
-    """Largest |activation| that the static input scale of each parameter is made from, by path: [*outer] float32.
-
-    Parameters that read one activation (q, k, v) get one scale, also where one of them reads another one besides.
-    """
-    amax = {
-        p: algorithm_of(plan.quantized[p]).input_amax(stats[p])
-        for p in plan.needs_data
-        if p in stats and plan.quantized[p].has_static_input
-    }
-    groups: dict[str, set[str]] = {}
-    for d in plan.decisions:
-        if d.group and d.path in amax:
-            groups.setdefault(d.group, set()).add(d.path)
-    for members in _components(list(groups.values())):
-        whole = functools.reduce(jnp.maximum, [amax[p] for p in sorted(members)])
-        amax.update(dict.fromkeys(members, whole))
-    return amax
+# ------------------------------------------------------------------------------------------------ one unit
 
 
-def _components(groups: list[set[str]]) -> list[set[str]]:
-    """Groups with a common member, joined."""
-    out: list[set[str]] = []
-    for group in groups:
-        touching = [g for g in out if g & group]
-        out = [g for g in out if not g & group] + [set().union(group, *touching)]
-    return out
+class Solved(NamedTuple):
+    """What solving gives for one weight: codes [*stack, ..], pre_scale [*outer, k], low-rank factors, input amax."""
+
+    codes: Any
+    pre_scale: Any
+    low_rank: Any
+    input_amax: Any
 
 
-def solve(
-    d: Decision, w: jax.Array, state: Any, tensor_amax: jax.Array | None, input_amax: jax.Array | None = None
-) -> QTensor:
-    """One parameter, packed. `state`, `tensor_amax` and `input_amax` have its stacked axes first."""
+def solve_unit(
+    plan: Plan,
+    unit: Unit,
+    weights: tuple[jax.Array, ...],
+    shared: tuple[jax.Array | None, ...],
+    state: Any,
+    ties: jax.Array | None,
+    powers: bool = False,
+) -> tuple[Solved, ...]:
+    """The unit's weights, solved. `shared` [*stack] and `state` have their stacked axes first."""
+    d = unit.decision
+    decisions = [plan.quantized[p] for p in unit.paths]
+    layouts = tuple(_layout(x) for x in decisions)
+    together = {key: i for i, key in enumerate(dict.fromkeys(x.fused or x.key for x in decisions))}
+    spec = d.input_format
+    problem = Problem(
+        d.format, d.granularity, None if spec is None else InputQuantizer(*spec),
+        tuple(together[x.fused or x.key] for x in decisions), powers,
+    )  # fmt: skip
+    run = functools.partial(_solve, static=(layouts, problem, unit.algorithm, len(d.outer)))
+    run = _explicit(decisions, weights, run, (shared, state, ties))
+    return run(weights, shared, state, ties)
+
+
+def _layout(d: Decision) -> Layout:
     assert d.layout is not None and d.weight is not None, d.key
-    static = (d.layout, d.format, d.granularity, d.algorithm[-1], d.input_format, len(d.outer))
-    place = _explicit(d, w, functools.partial(_solve, static=static), state, tensor_amax)
-    codes = place(w, state, tensor_amax)
-    input_scale = None
-    if d.input is not None and d.input.needs_calibration:
-        assert input_amax is not None, d.key
-        input_scale = _numerics.scale_from_amax(input_amax, d.input.element_format())
-    data, scale, global_scale, zero_point = codes
-    dtype = np.dtype(w.dtype).name
-    return QTensor(data, scale, global_scale, zero_point, input_scale, None, d.format, d.granularity, d.layout, dtype)
+    return d.layout
 
 
-def _explicit(d: Decision, w: jax.Array, solve: Callable, state: Any, tensor_amax: Any) -> Callable:
-    """On a mesh with Explicit axes: `solve` with the compiler placing what is inside, its leaves as the weight is."""
-    sharding: Any = getattr(jax.typeof(w), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types or d.layout is None:
+def _packed(d: Decision, got: Solved, scaled: bool, dtype: Any) -> QTensor:
+    """The QTensor of a solved weight; `scaled`: does the scale of its input stay beside it?"""
+    layout = _layout(d)
+    stack = got.codes.data.shape[:-2]
+    pre = got.pre_scale if scaled else None
+    if pre is not None:
+        inner = len(stack) - (pre.ndim - 1)
+        pre = jnp.broadcast_to(pre.reshape(*pre.shape[:-1], *[1] * inner, pre.shape[-1]), (*stack, pre.shape[-1]))
+    low_a, low_b = (None, None) if got.low_rank is None else got.low_rank
+    data, scale, global_scale, zero_point = got.codes
+    return QTensor(
+        data, scale, global_scale, zero_point, None, pre, d.format, d.granularity, layout, np.dtype(dtype).name,
+        low_a, low_b, d.rotation,
+    )  # fmt: skip
+
+
+def _explicit(decisions: list[Decision], weights: tuple, solve: Callable, rest: tuple) -> Callable:
+    """On a mesh with Explicit axes: `solve` with the compiler placing what is inside, its leaves as the weights are."""
+    shardings: list[Any] = [getattr(jax.typeof(w), "sharding", None) for w in weights]
+    meshes = [getattr(s, "mesh", None) for s in shardings]
+    explicit = jax.sharding.AxisType.Explicit
+    if any(m is None or m.empty or explicit not in m.axis_types for m in meshes):
         return solve
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, tensor_amax))
-    shapes = jax.eval_shape(solve, jax.ShapeDtypeStruct(w.shape, w.dtype), *plain)
-    data, scale, global_scale, zero_point = shapes
-    packed = QTensor(data, scale, global_scale, zero_point, None, None, d.format, d.granularity, d.layout, "")
+    shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    shapes = jax.eval_shape(solve, *jax.tree.map(shape_of, (weights, *rest)))
+    placed = tuple(_placed(d, got, w, s) for d, got, w, s in zip(decisions, shapes, weights, shardings, strict=True))
+    return jax.sharding.auto_axes(solve, out_sharding=placed)  # pyright: ignore[reportReturnType]
+
+
+def _placed(d: Decision, got: Solved, w: Any, sharding: Any) -> Solved:
+    """Where the leaves of a solved weight go."""
+    mesh, layout = sharding.mesh, _layout(d)
+    data, scale, global_scale, zero_point = got.codes
+    packed = QTensor(data, scale, global_scale, zero_point, None, None, d.format, d.granularity, layout, "")
     spec = PartitionSpec(*sharding.spec, *([None] * (w.ndim - len(sharding.spec))))
     found = leaf_specs(QView(packed, _view.whole(d.key, w.shape, w.dtype)), spec, mesh)
 
@@ -183,19 +331,49 @@ def _explicit(d: Decision, w: jax.Array, solve: Callable, state: Any, tensor_ama
             return None
         return NamedSharding(mesh, PartitionSpec() if found is None else getattr(found.tensor, name))
 
-    placed = _numerics.Codes(*map(place, _numerics.Codes._fields))  # pyright: ignore[reportArgumentType]
-    return jax.sharding.auto_axes(solve, out_sharding=placed)
+    everywhere = lambda tree: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)  # noqa: E731
+    codes = _numerics.Codes(*map(place, _numerics.Codes._fields))  # pyright: ignore[reportArgumentType]
+    return Solved(codes, everywhere(got.pre_scale), everywhere(got.low_rank), everywhere(got.input_amax))
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _solve(w: jax.Array, state: Any, tensor_amax: jax.Array | None, *, static: tuple) -> _numerics.Codes:
-    layout, format, granularity, spec, input_format, outer = static
-    algorithm = algorithms.get(spec.name, **spec.options)
+def _solve(weights: tuple, shared: tuple, state: Any, ties: Any, *, static: tuple) -> tuple[Solved, ...]:
+    layouts, problem, algorithm, outer = static
+    matrices = tuple(_layered(x.to_matrix(w), outer, 2) for w, x in zip(weights, layouts, strict=True))
+    amax = tuple(None if a is None else _layered(a, outer, 0) for a in shared)
+    run = functools.partial(_layer, problem, algorithm)
+    if not outer:
+        got = run(matrices, amax, state, ties)
+    else:
+        feed = jax.tree.map(lambda x: x.reshape(-1, *x.shape[outer:]), (matrices, amax, state, ties))
+        # layer after layer where a layer is much work, so that only one layer's matrices are held
+        got = jax.lax.map(lambda x: run(*x), feed) if algorithm.uses_data else jax.vmap(run)(*feed)
+    return tuple(_restacked(g, layout, outer) for g, layout in zip(got, layouts, strict=True))
 
-    def run(matrix: jax.Array, state: Any, amax: jax.Array | None):
-        return algorithm.solve(matrix, state, Problem(format, granularity, amax, input_format))
 
-    for axis in reversed(range(len(layout.stack))):  # innermost first; statistics belong to the outer axes only
-        has = state is not None and axis < outer
-        run = jax.vmap(run, in_axes=(0, 0 if has else None, None if tensor_amax is None else 0))
-    return run(layout.to_matrix(w), state, tensor_amax)
+def _restacked(got: Solved, layout: Layout, outer: int) -> Solved:
+    """[layers, e, ...] (or [e, ...]) -> [*stack, ...]; what belongs to the input: [layers, ...] -> [*outer, ...]."""
+    stack = tuple(layout.atoms[i] for i in layout.stack)
+    lead = int(outer > 0)
+    whole = lambda tree: jax.tree.map(lambda x: x.reshape(*stack, *x.shape[lead + 1 :]), tree)  # noqa: E731
+    own = lambda tree: jax.tree.map(lambda x: x.reshape(*stack[:outer], *x.shape[lead:]), tree)  # noqa: E731
+    return Solved(whole(got.codes), own(got.pre_scale), whole(got.low_rank), own(got.input_amax))
+
+
+def _layered(x: jax.Array, outer: int, trailing: int) -> jax.Array:
+    """[*outer, *inner, ...] -> [*outer, e, ...] with the inner stacked axes as one."""
+    inner = math.prod(x.shape[outer : x.ndim - trailing])
+    return x.reshape(*x.shape[:outer], inner, *x.shape[x.ndim - trailing :])
+
+
+def _layer(
+    problem: Problem, algorithm: Algorithm, weights: tuple, amax: tuple, state: Any, ties: Any
+) -> tuple[Solved, ...]:
+    """One layer: weights [e, n, k]."""
+    task = algorithms.task(weights, problem, state, amax, ties)
+    task = algorithms.rounded(algorithm.solve(task))
+    seen = None if problem.input is None or not problem.input.static else task.input_amax
+    if problem.input is not None and problem.input.static and seen is None:
+        stats = task.stats
+        seen = stats["amax"].amax if task.pre_scale is None else jnp.max(stats["channels"].amax * task.pre_scale)
+    return tuple(Solved(c, task.pre_scale, low, seen) for c, low in zip(task.codes, task.low_rank, strict=True))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqopt._apply import Quantized, check_paths
-from jqopt._plan import Plan, describe
+from jqopt._plan import FOLDED, Plan, describe
 from jqopt._qtensor import QTensor
 from jqopt._table import table
 from jqopt._trace import Function, parameter_path
@@ -171,7 +171,8 @@ def report_leaves(plan: Plan, leaves: Mapping[str, Any], floats: Mapping[str, An
             rows.append(dataclasses.replace(first[d.path], **spec, shares=first[d.path].site))
             continue
         q = leaves[d.path]
-        errors = error_of(floats[d.path], q) if d.path in floats else (None, None)
+        same = d.scaled != FOLDED and not d.takes  # else a scale has gone into the weight before it was packed
+        errors = error_of(floats[d.path], q) if d.path in floats and same else (None, None)
         row = Row(
             **spec, path=d.path, weight=describe(d.weight), format=d.format.name, granularity=d.granularity,
             float_bytes=_float_bytes(q), packed_bytes=q.nbytes, bits=q.bits_per_value,

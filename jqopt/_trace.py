@@ -59,6 +59,7 @@ class Site:
     cols: tuple[Atom, ...] = ()
     activation: int = -1  # sites with the same number read the same activation
     input_shape: tuple[int, ...] = ()
+    input_axes: tuple[int, ...] = ()  # those of the activation that are contracted
     used_by: frozenset[str] = frozenset()  # every op that reads the parameter anywhere
     scope: str = ""
     reason: str | None = None  # why this site can't be quantized, if it can't
@@ -428,7 +429,9 @@ class _Walk:
                 site = self._describe(eqn, op, weight, v, axis, address, scope)
                 shape = tuple(eqn.invars[1 - weight].aval.shape)
                 act = other.id if isinstance(other, Act) and op != "gather" else -1
-                self.sites.append(dataclasses.replace(site, part=part, activation=act, input_shape=shape))
+                axes = _contracted(eqn, op, weight)
+                found = dataclasses.replace(site, part=part, activation=act, input_shape=shape, input_axes=axes)
+                self.sites.append(found)
         return True
 
     def _no_weight(self, op: str, ins: list, address: Address, scope: str) -> bool:
@@ -479,6 +482,15 @@ class _Walk:
             return dataclasses.replace(base, reason="concatenated along the contracted axis")
         stack = (*view.scanned, *view.fixed, *stack)
         return dataclasses.replace(base, stack=stack, rows=tuple(rows), cols=tuple(cols))
+
+
+def _contracted(eqn: Any, op: str, weight: int) -> tuple[int, ...]:
+    """The axes of the activation that a site contracts, in the order of its k; a convolution's feature axis."""
+    if op == "dot_general":
+        return tuple(map(int, eqn.params["dimension_numbers"][0][1 - weight]))
+    if op == "conv":
+        return (int(eqn.params["dimension_numbers"].lhs_spec[1]),)
+    return () if op == "gather" else (eqn.invars[1 - weight].aval.ndim - 1,)
 
 
 TRANSPARENT = _view.SAME | {

@@ -42,7 +42,9 @@ class Format:
     """A number format: an element, the block of elements that shares a scale, and the scale's own format.
 
     `block`: an int b (b elements along the contracted axis), a pair (rows, contracted), or None: one scale for a
-    channel or for the whole tensor, by granularity.
+    channel or for the whole tensor, by granularity. `ranges`: what a block's largest value is multiplied by before it
+    becomes the scale; of several the one with the least squared error (what is stored doesn't tell). `scale_max`: the
+    scale that the block with the tensor's largest value gets, under a global scale.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Format:
     scale: ScaleFormat
     global_scale: bool = False
     zero_point: bool = False
+    ranges: tuple[float, ...] = (1.0,)
+    scale_max: float = 448.0
 
     @property
     def tile(self) -> tuple[int, int] | None:
@@ -175,6 +179,8 @@ _FORMATS = {
         Format("fp8_e5m2", E5M2, None, FLOAT32),
         Format("fp8_block", E4M3, (128, 128), FLOAT32),
         Format("nvfp4", E2M1, 16, SCALE_E4M3, global_scale=True),
+        # Cook et al., Four Over Six, arXiv 2512.02010: 1.5 times the largest scale, 384, must still be an e4m3.
+        Format("nvfp4_four_over_six", E2M1, 16, SCALE_E4M3, global_scale=True, ranges=(1.0, 1.5), scale_max=256.0),
         Format("mxfp8", E4M3, 32, E8M0),
         Format("mxfp6", E3M2, 32, E8M0),
         Format("mxfp6_e2m3", E2M3, 32, E8M0),

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -120,7 +119,7 @@ def fold_scale(graph: Graph, group: Group | str, scale: Any) -> Transform:
 
     def new(leaves: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            path: functools.reduce(lambda leaf, a: _scaled(leaf, a, numbers), parts, leaves[path])
+            path: functools.reduce(lambda leaf, a: _leaves.scaled(leaf, a, numbers), parts, leaves[path])
             for path, parts in taken.items()
         }
 
@@ -166,24 +165,6 @@ def _checked_scale(fold: Fold, scale: Any) -> np.ndarray:
                 "scale that is allowed"
             )
     return found
-
-
-def _scaled(leaf: Any, absorber: Absorber, scale: Any) -> jax.Array:
-    """The parameter with the scale taken up, computed in float32 at least."""
-    wide = _wide(leaf)
-    labels = np.maximum(absorber.labels, 0)
-    factor = jnp.asarray(scale).reshape(-1)[labels].astype(wide.dtype)
-    offset = jnp.asarray(absorber.offset, wide.dtype)
-    moved = wide + offset if absorber.offset else wide
-    moved = moved * factor if absorber.power > 0 else moved / factor
-    moved = moved - offset if absorber.offset else moved
-    touched = absorber.labels >= 0
-    return (moved if touched.all() else jnp.where(touched, moved, wide)).astype(leaf.dtype)
-
-
-def _wide(leaf: Any) -> jax.Array:
-    """The same in float32, or in what it is where that is wider."""
-    return jnp.asarray(leaf).astype(leaf.dtype if leaf.dtype.itemsize > 4 else jnp.float32)
 
 
 # --------------------------------------------------------------------------------------------------- norms
@@ -271,7 +252,7 @@ def _without_gain(fold: Fold, leaves: Mapping[str, Any]) -> dict[str, Any]:
     assert gain is not None
     value = jnp.asarray(leaves[gain.path])
     ties = _tied(fold)
-    wide = _wide(value)
+    wide = _leaves.wide(value)
     labels = np.broadcast_to(gain.labels, value.shape)
     whole = wide + jnp.asarray(gain.offset, wide.dtype)
     scale = jnp.ones(ties.size, wide.dtype).at[ties[labels[labels >= 0]]].set(whole[labels >= 0])
@@ -287,5 +268,5 @@ def _without_gain(fold: Fold, leaves: Mapping[str, Any]) -> dict[str, Any]:
     out = {gain.path: jnp.where(moved, jnp.asarray(1 - gain.offset, wide.dtype), wide).astype(value.dtype)}
     for a in (*fold.absorbers, *fold.consumers):
         if a is not gain:
-            out[a.path] = _scaled(out.get(a.path, leaves[a.path]), a, scale)
+            out[a.path] = _leaves.scaled(out.get(a.path, leaves[a.path]), a, scale)
     return out

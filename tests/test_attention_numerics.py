@@ -294,6 +294,19 @@ def test_weights_and_cache_together():
     assert not bool((both(IDS) == apart(IDS)).all())
 
 
+def test_scales_do_not_fold_into_values_that_are_quantized():
+    """o_proj's input scale would go into v_proj, and change the values whose scale calibration found."""
+    (one, variables), _ = llamas()
+    graph = jqopt.trace(one, variables, IDS)
+    rules = [{"match": "*/self_attn/*", "weight": "int8"}]
+    alone = jqopt.plan({"rules": rules, "algorithm": "awq"}, graph)
+    both = jqopt.plan({"rules": rules, "algorithm": "awq", "kv_cache": "fp8"}, graph)
+    site = "layers_0/self_attn/o_proj/kernel"
+    assert alone[site].scaled == "folded"
+    assert both[site].scaled.endswith("v of layers_0/self_attn is quantized as it is")
+    assert both["layers_0/self_attn/q_proj/kernel"].scaled == alone["layers_0/self_attn/q_proj/kernel"].scaled
+
+
 def test_calibration_does_not_depend_on_the_split():
     (one, variables), _ = llamas()
     graph = jqopt.trace(one, variables, IDS)

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from jqopt.algorithms._base import Algorithm, Problem
+from jqopt.algorithms._base import Algorithm, InputQuantizer, Problem, Statistic, Task, chain, rank_at, rounded, task
+from jqopt.algorithms._statistics import AMAX, CHANNELS, MOMENTS, ROWS
+from jqopt.algorithms.awq import awq, awq_full
 from jqopt.algorithms.gptq import gptq
+from jqopt.algorithms.hadamard import hadamard
 from jqopt.algorithms.max import max
-from jqopt.algorithms.mse import mse
+from jqopt.algorithms.smoothquant import smoothquant
+from jqopt.algorithms.svdquant import svdquant
+from jqopt.algorithms.weight_ranges import awq_clip, four_over_six, local_hessian, mse
 from jqopt.errors import PlanError
 
-TABLE: dict[str, Callable[..., Algorithm]] = {"gptq": gptq, "max": max, "mse": mse}
+Table = Mapping[str, Callable[..., Algorithm]]
+TABLE: dict[str, Callable[..., Algorithm]] = {
+    "awq": awq,
+    "awq_clip": awq_clip,
+    "awq_full": awq_full,
+    "four_over_six": four_over_six,
+    "gptq": gptq,
+    "hadamard": hadamard,
+    "local_hessian": local_hessian,
+    "max": max,
+    "mse": mse,
+    "smoothquant": smoothquant,
+    "svdquant": svdquant,
+}
 
 
 def names() -> list[str]:
@@ -20,22 +39,30 @@ def names() -> list[str]:
     return sorted(TABLE)
 
 
-def get(name: str, **options: object) -> Algorithm:
+def get(name: str, more: Table | None = None, /, **options: Any) -> Algorithm:
     """The algorithm with these options.
+
+    Args:
+        more: a user's own algorithms by name: functions that take the options and give an Algorithm.
 
     Raises:
         PlanError: no algorithm of this name, or no such option.
     """
-    if name not in TABLE:
-        near = difflib.get_close_matches(name, TABLE, 1)
+    table = {**TABLE, **(more or {})}
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"no algorithm {name!r}{hint} Known: {', '.join(names())}")
-    known = inspect.signature(TABLE[name]).parameters
+        raise PlanError(f"no algorithm {name!r}{hint} Known: {', '.join(sorted(table))}")
+    known = inspect.signature(table[name]).parameters
     wrong = sorted(set(options) - set(known))
     if wrong:
         allowed = ", ".join(known) or "none"
         raise PlanError(f"algorithm {name!r} has no option {wrong[0]!r}; its options: {allowed}")
-    return TABLE[name](**options)
+    return table[name](**options)
 
 
-__all__ = ["Algorithm", "Problem", "get", "gptq", "max", "mse", "names"]
+__all__ = [
+    "AMAX", "CHANNELS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task", "awq",
+    "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "local_hessian", "max", "mse",
+    "names", "rank_at", "rounded", "smoothquant", "svdquant", "task",
+]  # fmt: skip

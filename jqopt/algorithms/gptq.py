@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -12,9 +13,9 @@ from jax.scipy.linalg import solve_triangular
 
 from jqopt import _numerics
 from jqopt._numerics import Codes
-from jqopt.algorithms import _moments, mse
-from jqopt.algorithms._base import Algorithm, Problem
-from jqopt.algorithms._moments import Moments
+from jqopt.algorithms import _statistics, weight_ranges
+from jqopt.algorithms._base import Algorithm, Task
+from jqopt.algorithms.max import max
 from jqopt.errors import PlanError
 
 BLOCK = 128  # columns between two updates of the whole matrix: speed only, the result is the same
@@ -28,7 +29,7 @@ def gptq(damp: float = 0.01, order: bool = True, scales: str = "mse") -> Algorit
         damp: added to H's diagonal, as a part of its mean. Where H still isn't positive definite it grows tenfold until
             it is, so no weight is rounded without its data.
         order: columns with the largest activations first. Scales are fixed beforehand, so the stored layout is as ever.
-        scales: `mse` (searched per tile) or `max`.
+        scales: `mse` (searched per tile), `local_hessian` or `max`; a step before that has chosen scales decides alone.
 
     Inputs that are always zero get a weight of zero. Source: Frantar et al., GPTQ, arXiv 2210.17323; the order and its
     static groups as in its reference implementation.
@@ -36,41 +37,71 @@ def gptq(damp: float = 0.01, order: bool = True, scales: str = "mse") -> Algorit
     Raises:
         PlanError: an option has no such value.
     """
-    if scales not in ("mse", "max"):
-        raise PlanError(f"gptq: scales is {scales!r}; write mse or max")
+    if scales not in _SCALES:
+        raise PlanError(f"gptq: scales is {scales!r}; write {' or '.join(_SCALES)}")
     if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp < 1:
         raise PlanError(
             f"gptq: damp is {damp!r}; write a part of the mean of H's diagonal between 0 and 1, such as 0.01"
         )
     if not isinstance(order, bool):
         raise PlanError(f"gptq: order is {order!r}; write true or false")
-    solve = functools.partial(_solve, damp=float(damp), order=order, search=scales == "mse")
-    return Algorithm(
-        "gptq", _moments.init, _moments.update, solve, lambda s: s.amax, _moments.allreduce, uses_data=True
-    )
+    solve = functools.partial(_solve, damp=float(damp), order=order, choose=_SCALES[scales])
+    return Algorithm("gptq", solve, "rounding", (_statistics.AMAX, _statistics.MOMENTS))
 
 
-def _solve(w: jax.Array, state: Moments, problem: Problem, *, damp: float, order: bool, search: bool) -> Codes:
-    """w [n, k], state of k channels."""
-    format = problem.format
-    n, k = w.shape
-    dead = jnp.diagonal(state.sum) <= 0
-    w = jnp.where(dead, jnp.float32(0), w.astype(jnp.float32))
-    h = state.sum / jnp.maximum(jnp.mean(jnp.diagonal(state.sum)), jnp.float32(_numerics.TINY))
+_SCALES = {
+    "mse": weight_ranges.mse(),
+    "local_hessian": weight_ranges.local_hessian(),
+    "max": max(),
+}
+
+
+def _solve(task: Task, *, damp: float, order: bool, choose: Algorithm) -> Task:
+    """All weights of the task share one factor of H; their rows are rounded side by side."""
+    h = _statistics.moments(task)
+    dead = jnp.diagonal(h) <= 0
+    task = task.replace(weights=tuple(jnp.where(dead, jnp.float32(0), w) for w in task.weights))
+    if all(tile is None for tile in task.tiles):
+        task = choose.solve(task)
     h = h + jnp.diag(dead.astype(jnp.float32))
-    codes = _numerics.quantize_matrix(
-        w, format, granularity=problem.granularity, tensor_amax=problem.tensor_amax,
-        tile_amax=mse.tile_amax(w, problem) if search else None, packed=False,
-    )  # fmt: skip
-    scale, zero = _numerics.element_scales(codes, format, n, k)
-    first = jnp.argsort(-jnp.diagonal(h)) if order else jnp.arange(k)
+    first = jnp.argsort(-jnp.diagonal(h)) if order else jnp.arange(task.k)
     back = jnp.argsort(first)
+    u = _upper(h[first][:, first], damp)
+    codes = [_coded(task, i) for i in range(len(task.weights))]
+    grids = [_grid(task, c, w) for c, w in zip(codes, task.weights, strict=True)]
+    rows = [w.reshape(-1, task.k) for w in task.weights]
+    scale = jnp.concatenate([s for s, _ in grids])
+    zero = None if grids[0][1] is None else jnp.concatenate([z for _, z in grids if z is not None])
     rounded = _sweep(
-        w[:, first], scale[:, first], None if zero is None else zero[:, first],
-        _upper(h[first][:, first], damp), functools.partial(_numerics.to_grid, format=format),
+        jnp.concatenate(rows)[:, first], scale[:, first], None if zero is None else zero[:, first], u,
+        functools.partial(_numerics.to_grid, format=task.problem.format),
     )  # fmt: skip
-    values = _numerics.grid_codes(rounded[:, back], scale, zero, format)
-    return codes._replace(data=_numerics.pack(values, format.element.bits))
+    values = _numerics.grid_codes(rounded[:, back], scale, zero, task.problem.format)
+    packed = _numerics.pack(values, task.problem.format.element.bits)
+    starts = [0]
+    for r in rows:
+        starts.append(starts[-1] + r.shape[0])
+    parts = [packed[a:b] for a, b in itertools.pairwise(starts)]
+    done = [c._replace(data=p.reshape(*w.shape[:2], -1)) for c, p, w in zip(codes, parts, task.weights, strict=True)]
+    return task.replace(codes=tuple(done))
+
+
+def _coded(task: Task, i: int) -> Codes:
+    """Codes rounded to nearest, of which only the scales are used."""
+    p = task.problem
+    return _numerics.quantize_matrix(
+        task.weights[i], p.format, granularity=p.granularity, tensor_amax=task.amax[i], tile_amax=task.tiles[i],
+        packed=False,
+    )  # fmt: skip
+
+
+def _grid(task: Task, codes: Codes, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """(scale, zero point or None) of each element, [e * n, k]."""
+    n, k = w.shape[-2:]
+    scales = codes._replace(data=None)  # type: ignore[arg-type]
+    each = jax.vmap(lambda c: _numerics.element_scales(c, task.problem.format, n, k))
+    scale, zero = each(scales)
+    return scale.reshape(-1, k), None if zero is None else zero.reshape(-1, k)
 
 
 def _upper(h: jax.Array, damp: float) -> jax.Array:

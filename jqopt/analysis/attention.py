@@ -49,6 +49,7 @@ class AttentionSite:
         operands: q, k, v, p.
         scans: the scans that iterate over those weights' layers, outermost first; `outer`: their lengths.
         bounded: does p reach its product as the softmax made it, so that no value is above 1?
+        weights: (role, parameters that q, k or v comes from without passing others).
         sharded: is it inside a shard_map, where each device may hold other heads?
     """
 
@@ -60,6 +61,7 @@ class AttentionSite:
     outer: tuple[int, ...] = ()
     bounded: bool = False
     sharded: bool = False
+    weights: tuple[tuple[str, frozenset[str]], ...] = ()
     scope: str = ""
     where: str = ""
 
@@ -218,13 +220,15 @@ def _site(a: Equation, b: Equation, side: int, search: _Search, weights: Mapping
         "p": (b, side, operand_axes(b, side)[1]),
     }
     operands = tuple(_operand(role, *shape[role], search.made) for role in ROLES)
-    near = [s for e, i, _ in list(shape.values())[:3] for s in _nearest(e.inputs[i], weights)]
+    by_role = {r: _nearest(e.inputs[i], weights) for r, (e, i, _) in shape.items() if r != "p"}
+    near = [s for found in by_role.values() for s in found]
     layers = {scan for s in near for scan in s.scans}
     inside = {loop.address for loop in b.loops}
     loops = [x for x in a.loops if x.address in layers and x.address in inside and x.length is not None]
     return AttentionSite(
         _module({s.path for s in near}), a.address, b.address, operands, tuple(x.address for x in loops),
-        tuple(x.length or 0 for x in loops), _is_softmax(b.inputs[side]), False, a.scope, line(a),
+        tuple(x.length or 0 for x in loops), _is_softmax(b.inputs[side]), False,
+        tuple((r, frozenset(s.path for s in found)) for r, found in by_role.items()), a.scope, line(a),
     )  # fmt: skip
 
 

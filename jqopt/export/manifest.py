@@ -78,6 +78,7 @@ class Packing(Checked):
     layout: LayoutData
     dtype: str
     leaves: list[str]
+    rotation: int = 0
 
 
 class Tensor(Checked):
@@ -216,7 +217,7 @@ def _packing(name: str, q: QTensor) -> Packing:
         )
     return Packing(
         codes=CODES, **_facts(f), block=list(f.block) if isinstance(f.block, tuple) else f.block,
-        granularity=q.granularity, dtype=q.dtype, leaves=list(arrays_of(name, q)),
+        granularity=q.granularity, dtype=q.dtype, leaves=list(arrays_of(name, q)), rotation=q.rotation,
         layout=LayoutData(**{k: list(getattr(q.layout, k)) for k in LayoutData.model_fields}),
     )  # fmt: skip
 
@@ -246,7 +247,7 @@ def tensor_from(name: str, tensor: Tensor, arrays: Mapping[str, Any]) -> Any:
     format, layout = unpacked(name, tensor.packing)
     return QTensor(
         **{**dict.fromkeys(FIELDS), **arrays}, format=format, granularity=tensor.packing.granularity, layout=layout,
-        dtype=tensor.packing.dtype,
+        dtype=tensor.packing.dtype, rotation=tensor.packing.rotation,
     )  # fmt: skip
 
 

@@ -17,11 +17,16 @@ def values(codes, format, k) -> np.ndarray:
     return np.asarray(_numerics.dequantize_matrix(*codes, format, k))
 
 
+def codes_of(name: str, w: jax.Array, problem: Problem):
+    solve = lambda w: algorithms.rounded(algorithms.get(name).solve(algorithms.task([w], problem)))  # noqa: E731
+    return jax.tree.map(lambda x: x[0], jax.jit(solve)(w).codes[0])
+
+
 def both(name: str, w: jax.Array, granularity: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Squared errors of each value under max and under mse."""
     format = formats.get(name)
-    problem = Problem(format, granularity or format.granularity, None, None)
-    run = {a: jax.jit(lambda w, a=a: algorithms.get(a).solve(w, None, problem))(w) for a in ("max", "mse")}
+    problem = Problem(format, granularity or format.granularity)
+    run = {a: codes_of(a, w, problem) for a in ("max", "mse")}
     return tuple(np.square(values(c, format, w.shape[1]) - np.asarray(w)) for c in run.values())
 
 
@@ -43,8 +48,7 @@ def test_it_finds_the_clip_of_a_gaussian():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 200_000)), jnp.float32)
     for name, sigma in (("int4", 2.5), ("int8", 3.9)):
         format = formats.get(name)
-        problem = Problem(format, "channel", None, None)
-        codes = jax.jit(lambda w, p=problem: algorithms.get("mse").solve(w, None, p))(w)
+        codes = codes_of("mse", w, Problem(format, "channel"))
         clip = np.asarray(codes.scale) * format.element.max
         step = 0.025 * float(jnp.abs(w).max())
         assert np.all(np.abs(clip - sigma) < 1.5 * step), (name, clip)
