@@ -155,6 +155,8 @@ def decided_sites(plan: Plan, closed: Any, views: Sequence[View | None]) -> list
 class Sited:
     """What the evaluator asks about addresses, from (site, decision) or (attention's product, decisions by role)."""
 
+    unrolls = False
+
     def __init__(self, sites: Sequence[tuple[Any, Any]]):
         self.at: dict[Address, list[tuple[Any, Any]]] = {}
         self.below: dict[Address, list[Any]] = {}

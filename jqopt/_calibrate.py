@@ -47,18 +47,19 @@ def nbytes(unit: Unit) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: _initial(unit))))
 
 
-def passes(plan: Plan, memory: int | None = None) -> list[tuple[Unit, ...]]:
+def passes(plan: Plan, memory: int | None = None, units: Iterable[Unit] | None = None) -> list[tuple[Unit, ...]]:
     """The units whose statistics are gathered together, pass by pass over the data, the last units of the model first.
 
     Args:
         memory: most bytes of statistics held at a time; None: no limit.
+        units: those to gather statistics of; all that need some unless given.
 
     Raises:
         CalibrationError: the statistics of one unit alone take more.
     """
     out: list[tuple[Unit, ...]] = []
     used = 0
-    for unit in reversed([u for u in plan.units if u.needs_data]):
+    for unit in reversed([u for u in plan.units if u.needs_data] if units is None else list(units)):
         size = nbytes(unit)
         if memory is not None and size > memory:
             raise CalibrationError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jax.sharding import PartitionSpec
 
@@ -73,7 +74,12 @@ def is_quantized(value: Any) -> bool:
 
 
 class Rule(Protocol):
-    """What the evaluator asks at each equation that is a site."""
+    """What the evaluator asks at each equation that is a site.
+
+    `unrolls`: are scans with sites inside opened into their steps?
+    """
+
+    unrolls: bool
 
     def sites_below(self, address: Address) -> bool:
         """Is there a site inside this equation's sub-jaxprs?"""
@@ -169,7 +175,7 @@ def _equation(eqn: Any, values: list, rule: Rule, state: State, address: Address
     inner = inner_jaxpr(eqn)
     if inner is not None:
         run: Callable = functools.partial(_call, inner, rule, address)
-        if name in REMAT:
+        if name in REMAT and not rule.unrolls:
             run = jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
         return run(values, state)
     return (_rearranged(eqn, values) if quantized else bind(eqn, values)), state
@@ -198,7 +204,23 @@ def _rearranged(eqn: Any, values: list) -> list:
 # ------------------------------------------------------------------------------------------ control flow
 
 
+def _unrolled(eqn: Any, values: list, rule: Rule, state: State, address: Address) -> tuple[list, State]:
+    """A scan as its steps, one after the other."""
+    p = eqn.params
+    n_const, n_carry, length = p["num_consts"], p["num_carry"], p["length"]
+    consts, carry, xs = values[:n_const], values[n_const : n_const + n_carry], values[n_const + n_carry :]
+    ys: dict[int, list] = {}
+    for i in reversed(range(length)) if p["reverse"] else range(length):
+        layer = [jax.lax.index_in_dim(x, i, 0, keepdims=False) for x in xs]
+        outs, state = evaluate(p["jaxpr"], [*consts, *carry, *layer], rule, state, (*address, 0))
+        carry, ys[i] = outs[:n_carry], outs[n_carry:]
+    each = [ys[i] for i in range(length)]
+    return [*carry, *(jnp.stack(y) for y in zip(*each, strict=True))], state
+
+
 def _scan(eqn: Any, values: list, rule: Rule, state: State, address: Address) -> tuple[list, State]:
+    if rule.unrolls and eqn.params["length"]:
+        return _unrolled(eqn, values, rule, state, address)
     p = eqn.params
     body, body_consts = open_jaxpr(p["jaxpr"])
     n_const, n_carry = p["num_consts"], p["num_carry"]

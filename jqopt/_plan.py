@@ -18,7 +18,8 @@ from jqopt._qtensor import Layout
 from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
 from jqopt._table import table
 from jqopt._trace import Graph, Site
-from jqopt.algorithms import Algorithm
+from jqopt.algorithms import Algorithm, calibrators
+from jqopt.algorithms.calibrators import Calibrator
 from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError
 from jqopt.formats import Format
@@ -101,9 +102,28 @@ class Unit:
     needs_data: bool
 
     @property
+    def scaling(self) -> Algorithm | None:
+        """The steps that scale the input, with those before them; None where there are none."""
+        return algorithms.chain(*self.steps[0]) if any(a.stage == "scale" for a in self.steps[0]) else None
+
+    @property
+    def steps(self) -> tuple[tuple[Algorithm, ...], tuple[Algorithm, ...]]:
+        """(those that change the input, the others)"""
+        parts = self.algorithm.parts
+        first = tuple(a for a in parts if a.stage in ("rotation", "scale"))
+        return first, tuple(a for a in parts if a not in first)
+
+    @property
+    def calibrator(self) -> Calibrator | None:
+        """How the range of a static input is found, where it isn't its largest value."""
+        return calibrator(self.decision.input)
+
+    @property
     def statistics(self) -> tuple[algorithms.Statistic, ...]:
-        """What is gathered: that of the algorithm, and for a static input its largest value."""
+        """What is gathered: that of the algorithm, and for a static input what its range is found from."""
         found = {s.name: s for s in (algorithms.AMAX, *self.algorithm.statistics)}
+        if (c := self.calibrator) is not None:
+            found["range"] = algorithms.Statistic("range", c.init, c.update, c.allreduce)
         if self.decision.has_static_input and self.algorithm.scales_input:
             found["channels"] = algorithms.CHANNELS
         return tuple(found.values())
@@ -246,7 +266,18 @@ def make_plan(recipe: Recipe, graph: Graph, own: algorithms.Table | None = None)
     plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, attention, graph, dict(own or {}))
     if not plan.quantized and not (attention and not any(r.weight for r in recipe.rules)):
         raise PlanError(_nothing(recipe, graph, decisions))
+    _check_streams(plan)
     return _with_scales(plan, graph)
+
+
+def _check_streams(plan: Plan) -> None:
+    """Algorithms that compare the float model with the quantized layers before need the layerwise mode."""
+    two = next((u for u in plan.units if u.algorithm.two_streams), None)
+    if two is not None and not plan.recipe.layerwise:
+        raise PlanError(
+            f"{two.decision.rule}: {two.algorithm.name} compares a layer's float input with what quantized layers give "
+            "(site " + two.name + "); write `layerwise: true` beside `algorithm` in the recipe"
+        )
 
 
 def _choose(recipe: Recipe, site: Site) -> _recipe.Rule | None:
@@ -276,7 +307,16 @@ def _decide(
         plain, weight=spec, input=input_spec, algorithm=_algorithms(rule.algorithm or recipe.algorithm, rule, own),
         rule=rule.where, layout=layout, outer=site.outer, dtype=str(graph.parameters[site.path or ""].dtype),
     )  # fmt: skip
+    try:
+        calibrator(input_spec)
+    except PlanError as e:
+        raise PlanError(f"{rule.where}: input: {e}") from None
     algorithm, instead = _suited(plain, partial, own)
+    if solver(algorithm, own).scales_input and input_spec is not None and input_spec.calibrator is not None:
+        instead = "; ".join(
+            filter(None, (instead, f"max in place of {input_spec.calibrator.name}: the input is scaled"))
+        )
+        plain = dataclasses.replace(plain, input=input_spec.model_copy(update={"calibrator": None}))
     whole_step = solver(algorithm, own)
     rank = algorithms.rank_at(whole_step.rank, layout.n, layout.k)
     bits = spec.element_format().bits_per_value(layout.n, layout.k, spec.granularity)
@@ -317,6 +357,22 @@ def _solver(specs: tuple[AlgorithmSpec, ...], own: tuple) -> Algorithm:
 @functools.lru_cache
 def _one(spec: AlgorithmSpec, own: tuple) -> Algorithm:
     return algorithms.get(spec.name, dict(own), **spec.options)
+
+
+def calibrator(spec: TensorSpec | None) -> Calibrator | None:
+    """What finds the range of a static input, where the recipe names one. Equal specs give the same value.
+
+    Raises:
+        PlanError: no such calibrator, option or value, or not for this format.
+    """
+    if spec is None or spec.calibrator is None or spec.calibrator.name == MAX.name:
+        return None
+    return _calibrator(spec.calibrator, spec.element_format())
+
+
+@functools.lru_cache
+def _calibrator(spec: AlgorithmSpec, format: Format) -> Calibrator:
+    return calibrators.get(spec.name, format, **spec.options)
 
 
 def _partial(graph: Graph) -> dict[str, str]:

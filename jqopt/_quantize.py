@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jqopt import _attention_ops, _calibrate, _leaves, _numerics, _trace, _view, algorithms
+from jqopt import (
+    _attention_ops,
+    _calibrate,
+    _layerwise,
+    _leaves,
+    _numerics,
+    _program,
+    _trace,
+    _view,
+    algorithms,
+)
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
@@ -67,6 +78,8 @@ def quantize(
     check_paths(plan, found)
     _check_input(plan, found, stats, batches)
     work, done = _Work(plan, found), []
+    if plan.recipe.layerwise and plan.needs_data:
+        return _layer_by_layer(plan, params, work, batches, memory, progress, kwargs)
     free = [u for u in plan.units if not u.needs_data]
     rounds = _calibrate.passes(plan, memory) if batches is not None else [tuple(u for u in plan.units if u.needs_data)]
     rounds, attention = rounds or [()], {} if batches is not None else _attention_ops.solve(plan.attention, stats)
@@ -97,6 +110,97 @@ def quantize(
     if batches is not None and not plan.needs_batches:
         attention = _attention_ops.solve(plan.attention, None)
     return Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
+
+
+def _layer_by_layer(
+    plan: Plan, params: Any, work: _Work, batches: Any, memory: int | None, progress: Callable | None, kwargs: dict
+) -> Quantized:
+    """First the scales of inputs, from the float model; then layer after layer; then what stands in no layer."""
+    if batches is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name!r} says `layerwise: true`: statistics are of what quantized layers give, so "
+            "jqopt.quantize gathers them itself; write jqopt.quantize(plan, params, batches=batches)"
+        )
+    batches = list(batches) if iter(batches) is batches else batches
+    scaling = [dataclasses.replace(u, algorithm=u.scaling) for u in plan.units if u.scaling is not None]
+    kept: dict[str, jax.Array] = {}
+    for units in _calibrate.passes(plan, memory, scaling):
+        stats = _calibrate.calibrate(plan, params, batches, units=units, **kwargs)
+        for unit in _ordered(plan, units):
+            work.scale(unit, stats[unit.name], kept)
+    waiting = [u for u in plan.units if u.needs_data]
+    solver = _Layers(plan, work, kept)
+    left = _layerwise.run(plan, work.tree(params), batches, waiting, kept, solver.solve, **kwargs)
+    for unit in waiting:
+        if unit not in left:
+            work.put(unit, solver.stacked(unit), unit.name in kept)
+    later = [u for u in plan.units if not u.needs_data]
+    for units in _calibrate.passes(plan, memory, left):
+        stats = _calibrate.calibrate(plan, params, batches, units=units, **kwargs)
+        for unit in _ordered(plan, units):
+            work.solve(unit, stats[unit.name])
+    for unit in _ordered(plan, later):
+        work.solve(unit, None)
+    for path in plan.quantized if progress is not None else ():
+        assert progress is not None
+        progress(path)
+    return Quantized(work.finished(params), _attention(plan, params, batches, kwargs))
+
+
+def _attention(plan: Plan, params: Any, batches: Any, kwargs: dict) -> dict[str, Any]:
+    """Scales of attention's operands, from the float model."""
+    needs = any(d.needs_data for d in plan.attention)
+    stats = _calibrate.calibrate(plan, params, batches, units=(), attention=True, **kwargs) if needs else None
+    return _attention_ops.solve(plan.attention, stats)
+
+
+class _Layers:
+    """Solves units layer by layer, and keeps what each layer gave."""
+
+    def __init__(self, plan: Plan, work: _Work, kept: Mapping[str, jax.Array]):
+        self.plan, self.work, self.kept = plan, work, kept
+        self.solved: dict[str, dict[_program.Layer, tuple[Solved, ...]]] = {}
+
+    def solve(self, unit: Unit, layer: _program.Layer, stats: dict[str, Any]) -> _layerwise.Done:
+        """One layer of a unit, from statistics of its scaled input."""
+        weights = tuple(self.work.leaves[p] for p in unit.paths)
+        shared = tuple(self.work.shared(p) for p in unit.paths)
+        pre = self.kept[unit.name][layer] if unit.name in self.kept else None
+        got = _solve_layer(weights, shared, stats, pre, static=(*_static(self.plan, unit), unit.steps, layer))
+        self.solved.setdefault(unit.name, {})[layer] = got
+        d = unit.decision
+        scale = None
+        if d.has_static_input and d.input is not None:
+            scale = _numerics.scale_from_amax(got[0].input_amax, d.input.element_format())
+        codes, low = {}, {}
+        for path, result in zip(unit.paths, got, strict=True):
+            one = _packed(self.plan.quantized[path], result._replace(pre_scale=pre), True, jnp.float32)
+            codes[path] = one.replace(low_a=None, low_b=None).whole()
+            if result.low_rank is not None:
+                low[path] = one.whole() - codes[path]
+        return _layerwise.Done(codes, low, _layerwise.Seen(d.input_format, d.rotation, scale, pre))
+
+    def stacked(self, unit: Unit) -> tuple[Solved, ...]:
+        """All layers of a unit.
+
+        Raises:
+            CalibrationError: no data reached some of them.
+        """
+        outer = unit.decision.outer
+        found = self.solved[unit.name]
+        missing = [i for i in np.ndindex(*outer) if i not in found]
+        if missing:
+            raise CalibrationError(
+                f"no data reached layers {[i[0] if len(i) == 1 else i for i in missing]} of {unit.name}; calibrate "
+                "with batches that do, or keep it with `keep: true`"
+            )
+        layers = [found[i] for i in np.ndindex(*outer)]
+        return tuple(
+            layers[0][m]
+            if not outer
+            else jax.tree.map(lambda *x: jnp.stack(x).reshape(*outer, *x[0].shape), *(layer[m] for layer in layers))
+            for m in range(len(unit.paths))
+        )
 
 
 def _ordered(plan: Plan, units: Iterable[Unit]) -> list[Unit]:
@@ -175,20 +279,58 @@ class _Work:
 
     def solve(self, unit: Unit, state: Any) -> None:
         """Packs the parameters of a unit, and lets those before it take up the scale of its input."""
-        d = unit.decision
-        fold = fold_of(self.plan.graph, unit) if d.scaled == FOLDED and self.plan.graph is not None else None
+        fold = self._fold_of(unit)
+        got = self._solved(unit, state if unit.needs_data else None, fold)
+        if fold is not None:
+            self._fold(fold, unit, got[0].pre_scale, others=True)
+        self.put(unit, got, fold is None)
+
+    def scale(self, unit: Unit, state: Any, kept: dict[str, jax.Array]) -> None:
+        """Finds the scale of a unit's input; folds it into all parameters it touches, or adds it to `kept`."""
+        fold = self._fold_of(unit)
+        pre = self._solved(unit, state, fold)[0].pre_scale
+        if fold is None:
+            kept[unit.name] = pre
+        else:
+            self._fold(fold, unit, pre, others=False)
+
+    def _solved(self, unit: Unit, state: Any, fold: Fold | None) -> tuple[Solved, ...]:
         ties = None if fold is None or fold.ties is None else jnp.asarray(local_ties(fold))
         weights = tuple(self.leaves[p] for p in unit.paths)
         shared = tuple(self.shared(p) for p in unit.paths)
-        state = state if unit.needs_data else None
-        got = solve_unit(self.plan, unit, weights, shared, state, ties, powers=self._coarse(fold))
-        if fold is not None:
-            self._fold(fold, unit, _numerics.divide(jnp.float32(1), got[0].pre_scale))
+        return solve_unit(self.plan, unit, weights, shared, state, ties, powers=self._coarse(fold))
+
+    def _fold_of(self, unit: Unit) -> Fold | None:
+        folds = unit.decision.scaled == FOLDED and self.plan.graph is not None
+        return fold_of(self.plan.graph, unit) if folds and self.plan.graph is not None else None
+
+    def put(self, unit: Unit, got: tuple[Solved, ...], scaled: bool) -> None:
+        """QTensors in place of the unit's weights; `scaled`: the scale of the input stays beside them."""
         amax = got[0].input_amax
         for path, result in zip(unit.paths, got, strict=True):
-            self.leaves[path] = _packed(self.plan.quantized[path], result, fold is None, self.leaves[path].dtype)
-            if d.has_static_input and amax is not None:
+            self.leaves[path] = _packed(self.plan.quantized[path], result, scaled, self.leaves[path].dtype)
+            if unit.decision.has_static_input and amax is not None:
                 self.inputs[path] = amax
+
+    def tree(self, params: Any) -> Any:
+        """The parameter tree as it is now."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = [_trace.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
+        return treedef.unflatten(
+            [leaf if p is None else self.leaves[p] for p, (_, leaf) in zip(paths, flat, strict=True)]
+        )
+
+    def finished(self, params: Any) -> Any:
+        """The parameter tree with QTensors, and static input scales in them."""
+        _, treedef, paths, now = self._unflattened(params)
+        return treedef.unflatten(self.shared_inputs(paths, now))
+
+    def _unflattened(self, params: Any) -> tuple[Any, Any, list[str | None], list[Any]]:
+        """(the tree as it is now, its treedef, the path of each leaf, the leaves)"""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = [_trace.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
+        now = [leaf if p is None else self.leaves[p] for p, (_, leaf) in zip(paths, flat, strict=True)]
+        return treedef.unflatten(now), treedef, paths, now
 
     def _coarse(self, fold: Fold | None) -> bool:
         """Would parameters that take up a scale round it?"""
@@ -197,10 +339,12 @@ class _Work:
         taking = [a.path for a in fold.absorbers] + [c.path for c in fold.consumers]
         return any(jnp.finfo(self.leaves[p].dtype).nmant < 23 for p in taking if hasattr(self.leaves[p], "dtype"))
 
-    def _fold(self, fold: Fold, unit: Unit, scale: jax.Array) -> None:
-        """Divides the input by a scale: what takes it up, and kept weights that read the same input."""
-        others = [c for c in fold.consumers if c.path not in unit.paths]
-        for a in (*fold.absorbers, *others):
+    def _fold(self, fold: Fold, unit: Unit, pre_scale: jax.Array, others: bool) -> None:
+        """Multiplies the input with a scale: what takes it up, and the weights that read it (`others`: only those that
+        aren't packed with it)."""
+        scale = _numerics.divide(jnp.float32(1), pre_scale)
+        readers = [c for c in fold.consumers if not others or c.path not in unit.paths]
+        for a in (*fold.absorbers, *readers):
             self.leaves[a.path] = _leaves.scaled(self.leaves[a.path], a, scale)
 
     def shared_inputs(self, paths: list[str | None], leaves: list[Any]) -> list[Any]:
@@ -270,18 +414,42 @@ def solve_unit(
     powers: bool = False,
 ) -> tuple[Solved, ...]:
     """The unit's weights, solved. `shared` [*stack] and `state` have their stacked axes first."""
+    layouts, problem, find = _static(plan, unit, powers)
+    run = functools.partial(_solve, static=(layouts, problem, unit.algorithm, find, len(unit.decision.outer)))
+    run = _explicit([plan.quantized[p] for p in unit.paths], weights, run, (shared, state, ties))
+    return run(weights, shared, state, ties)
+
+
+def _static(plan: Plan, unit: Unit, powers: bool = False) -> tuple[tuple[Layout, ...], Problem, Callable | None]:
+    """What a jitted solver must know of a unit: nothing by which equal layers would differ."""
     d = unit.decision
     decisions = [plan.quantized[p] for p in unit.paths]
-    layouts = tuple(_layout(x) for x in decisions)
     together = {key: i for i, key in enumerate(dict.fromkeys(x.fused or x.key for x in decisions))}
     spec = d.input_format
     problem = Problem(
         d.format, d.granularity, None if spec is None else InputQuantizer(*spec),
         tuple(together[x.fused or x.key] for x in decisions), powers,
     )  # fmt: skip
-    run = functools.partial(_solve, static=(layouts, problem, unit.algorithm, len(d.outer)))
-    run = _explicit(decisions, weights, run, (shared, state, ties))
-    return run(weights, shared, state, ties)
+    return tuple(_layout(x) for x in decisions), problem, None if unit.calibrator is None else unit.calibrator.amax
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _solve_layer(weights: tuple, shared: tuple, state: Any, pre: Any, *, static: tuple) -> tuple[Solved, ...]:
+    """One layer of the weights, given what its input is multiplied with; `state` is of the input after that."""
+    layouts, problem, find, (first, rest), layer = static
+    rotations = [a for a in first if a.stage == "rotation"]
+    pick = lambda x: x[layer]  # noqa: E731
+    matrices = tuple(_layered(pick(x.to_matrix(w)), 0, 2) for w, x in zip(weights, layouts, strict=True))
+    amax = tuple(None if a is None else pick(a).reshape(-1) for a in shared)
+    task = algorithms.task(matrices, problem, state, amax)
+    for a in rotations:
+        task = a.solve(task)
+    if pre is not None:
+        task = algorithms.scaled(task, pre).replace(pre_scale=None)
+    for a in rest:
+        task = a.solve(task)
+    got = _results(algorithms.rounded(task), find)
+    return tuple(_restacked(g, x.sliced(len(layer)), 0) for g, x in zip(got, layouts, strict=True))
 
 
 def _layout(d: Decision) -> Layout:
@@ -338,10 +506,10 @@ def _placed(d: Decision, got: Solved, w: Any, sharding: Any) -> Solved:
 
 @functools.partial(jax.jit, static_argnames="static")
 def _solve(weights: tuple, shared: tuple, state: Any, ties: Any, *, static: tuple) -> tuple[Solved, ...]:
-    layouts, problem, algorithm, outer = static
+    layouts, problem, algorithm, find, outer = static
     matrices = tuple(_layered(x.to_matrix(w), outer, 2) for w, x in zip(weights, layouts, strict=True))
     amax = tuple(None if a is None else _layered(a, outer, 0) for a in shared)
-    run = functools.partial(_layer, problem, algorithm)
+    run = functools.partial(_layer, problem, algorithm, find)
     if not outer:
         got = run(matrices, amax, state, ties)
     else:
@@ -367,13 +535,19 @@ def _layered(x: jax.Array, outer: int, trailing: int) -> jax.Array:
 
 
 def _layer(
-    problem: Problem, algorithm: Algorithm, weights: tuple, amax: tuple, state: Any, ties: Any
+    problem: Problem, algorithm: Algorithm, find: Callable | None, weights: tuple, amax: tuple, state: Any, ties: Any
 ) -> tuple[Solved, ...]:
-    """One layer: weights [e, n, k]."""
+    """One layer: weights [e, n, k]; `find` makes the range of the input from its statistic."""
     task = algorithms.task(weights, problem, state, amax, ties)
-    task = algorithms.rounded(algorithm.solve(task))
-    seen = None if problem.input is None or not problem.input.static else task.input_amax
-    if problem.input is not None and problem.input.static and seen is None:
+    return _results(algorithms.rounded(algorithm.solve(task)), find)
+
+
+def _results(task: algorithms.Task, find: Callable | None) -> tuple[Solved, ...]:
+    seen, quantizer = task.input_amax, task.problem.input
+    if seen is None and quantizer is not None and quantizer.static:
         stats = task.stats
-        seen = stats["amax"].amax if task.pre_scale is None else jnp.max(stats["channels"].amax * task.pre_scale)
+        if task.pre_scale is not None:
+            seen = jnp.max(stats["channels"].amax * task.pre_scale)
+        else:
+            seen = stats["amax"].amax if find is None else find(stats["range"])
     return tuple(Solved(c, task.pre_scale, low, seen) for c, low in zip(task.codes, task.low_rank, strict=True))

@@ -313,6 +313,13 @@ def _algorithm(value: object) -> AlgorithmSpec:
     return AlgorithmSpec(_text(value["name"]), {_text(key): _plain(item, str(key)) for key, item in options.items()})
 
 
+def _calibrator(value: object) -> AlgorithmSpec:
+    try:
+        return _algorithm(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("awq, alpha_grid: 20", "percentile, percentile: 99.9")) from error
+
+
 def _match_input(value: object) -> object:
     if isinstance(value, str | list | tuple):
         return {"path": value}
@@ -373,7 +380,7 @@ def _names_schema(known: tuple[str, ...] = (), at_least: int = 1) -> WithJsonSch
     return WithJsonSchema({"anyOf": [one, {"type": "array", "items": one, "minItems": at_least}]})
 
 
-def _algorithm_schema() -> WithJsonSchema:
+def _algorithm_schema(single: bool = False) -> WithJsonSchema:
     table = {
         "type": "object",
         "properties": {"name": {"type": "string"}},
@@ -381,6 +388,8 @@ def _algorithm_schema() -> WithJsonSchema:
         "additionalProperties": True,
     }
     one = [{"type": "string"}, table]
+    if single:
+        return WithJsonSchema({"anyOf": one})
     return WithJsonSchema({"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1}]})
 
 
@@ -395,6 +404,7 @@ _Names = Annotated[tuple[str, ...], PlainValidator(_names), _names_schema(at_lea
 _Globs = Annotated[tuple[str, ...], PlainValidator(_each(_glob)), _names_schema()]
 _Ops = Annotated[tuple[str, ...], PlainValidator(_each(_op)), _names_schema(OPS)]
 _Algorithms = Annotated[tuple[AlgorithmSpec, ...], PlainValidator(_algorithms), _algorithm_schema()]
+_Calibrator = Annotated[AlgorithmSpec, PlainValidator(_calibrator), _algorithm_schema(single=True)]
 _FormatName = Annotated[str, PlainValidator(_format_name), _one_of(formats.names())]
 _Granularity = Annotated[str, PlainValidator(_choice(*GRANULARITIES)), _one_of(GRANULARITIES)]
 _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
@@ -452,6 +462,7 @@ class TensorSpec(_Model):
     granularity: _Granularity | None = _key("what shares a scale: weights channel or tensor, inputs token or tensor")
     scaling: _Scaling | None = _key("of inputs: static (calibrated) or dynamic (from the live tensor)")
     block: _Block | None = _key("values that share a scale, along the contracted axis; or [rows, contracted]")
+    calibrator: _Calibrator | None = _key("of static inputs: how the range is found, such as percentile; default max")
 
     def element_format(self) -> formats.Format:
         """The format with this spec's block; no block where a channel, a token or the tensor shares a scale.
@@ -512,7 +523,13 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
     block = spec.element_format().block if granularity == "block" else None
     filled = TensorSpec(format=spec.format, granularity=granularity, scaling=spec.scaling, block=block)
     scaling = _weight_scaling(filled) if role == "weight" else _input_scaling(filled)
-    return TensorSpec(format=spec.format, granularity=granularity, scaling=scaling, block=block)
+    if spec.calibrator is not None and (role == "weight" or scaling == "dynamic"):
+        raise ValueError(
+            f"calibrator: {spec.calibrator.name} finds the range of a static input; "
+            + ("how a weight's scales are found says 'algorithm', such as 'algorithm: mse'" if role == "weight" else
+               "this one's scale follows the live data; leave it out, or write 'scaling: static'")
+        )  # fmt: skip
+    return filled.model_copy(update={"scaling": scaling, "calibrator": spec.calibrator})
 
 
 def _weight_scaling(spec: TensorSpec) -> str:
@@ -775,6 +792,7 @@ class Recipe(_Model):
     kv_cache: _KvCache | None = _key("how attention's keys and values are quantized, as a cache would hold them")
     attention: AttentionSpec | None = _key("how attention's operands q, k, v and p are quantized")
     algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
+    layerwise: _Truth | None = _key("solve each layer on what the quantized layers before it give")
     fuse: _Fuse | None = _key("sets of patterns: weights that share a scale, in place of what the dataflow says")
 
     def rule_for(self, site: SiteLike) -> Rule | None:
@@ -813,6 +831,7 @@ class Recipe(_Model):
         data |= {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
         data |= {} if self.attention is None else {"attention": self.attention.to_dict()}
         data |= {} if self.fuse is None else {"fuse": [list(patterns) for patterns in self.fuse]}
+        data |= {} if self.layerwise is None else {"layerwise": self.layerwise}
         inherits = self.extends and "algorithm" not in self.model_fields_set
         return data if inherits else data | {"algorithm": _short_algorithm(self.algorithm)}
 
@@ -848,6 +867,8 @@ def _short(value: object) -> Any:
     """A field's value as plain data: a list of one as its entry."""
     if isinstance(value, tuple):
         return value[0] if len(value) == 1 else list(value)
+    if isinstance(value, AlgorithmSpec):
+        return value.to_dict() if value.options else value.name
     return value.to_dict() if isinstance(value, _Model) else value
 
 
@@ -944,7 +965,10 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     part = _part(file, (), set())
     rules = _reachable(part.specific + part.fallback)
     _refuse_idle(file, rules, part.operands)
-    update = {"rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse}
+    update = {
+        "rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse,
+        "layerwise": part.layerwise,
+    }  # fmt: skip
     return part.recipe.model_copy(update=update | _split_operands(part.operands))
 
 
@@ -963,6 +987,7 @@ class _Part:
     fallback: tuple[Rule, ...]
     algorithm: tuple[AlgorithmSpec, ...] | None
     fuse: tuple[tuple[str, ...], ...] | None
+    layerwise: bool | None
     operands: dict[str, OperandSpec]
 
 
@@ -984,6 +1009,7 @@ def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
         own[cut:] + tuple(rule for base in bases for rule in base.fallback),
         algorithm or next((base.algorithm for base in bases if base.algorithm), None),
         next((part.fuse for part in (recipe, *bases) if part.fuse is not None), None),
+        next((part.layerwise for part in (recipe, *bases) if part.layerwise is not None), None),
         functools.reduce(lambda above, base: {**base.operands, **above}, bases, _placed_operands(recipe, file)),
     )
 

@@ -7,12 +7,24 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jqopt.algorithms._base import Algorithm, InputQuantizer, Problem, Statistic, Task, chain, rank_at, rounded, task
+from jqopt.algorithms._base import (
+    Algorithm,
+    InputQuantizer,
+    Problem,
+    Statistic,
+    Task,
+    chain,
+    rank_at,
+    rounded,
+    scaled,
+    task,
+)
 from jqopt.algorithms._statistics import AMAX, CHANNELS, MOMENTS, ROWS
 from jqopt.algorithms.awq import awq, awq_full
 from jqopt.algorithms.gptq import gptq
 from jqopt.algorithms.hadamard import hadamard
 from jqopt.algorithms.max import max
+from jqopt.algorithms.qep import CROSS, qep
 from jqopt.algorithms.smoothquant import smoothquant
 from jqopt.algorithms.svdquant import svdquant
 from jqopt.algorithms.weight_ranges import awq_clip, four_over_six, local_hessian, mse
@@ -29,6 +41,7 @@ TABLE: dict[str, Callable[..., Algorithm]] = {
     "local_hessian": local_hessian,
     "max": max,
     "mse": mse,
+    "qep": qep,
     "smoothquant": smoothquant,
     "svdquant": svdquant,
 }
@@ -62,7 +75,7 @@ def get(name: str, more: Table | None = None, /, **options: Any) -> Algorithm:
 
 
 __all__ = [
-    "AMAX", "CHANNELS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task", "awq",
-    "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "local_hessian", "max", "mse",
-    "names", "rank_at", "rounded", "smoothquant", "svdquant", "task",
+    "AMAX", "CHANNELS", "CROSS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task",
+    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "local_hessian", "max", "mse",
+    "names", "qep", "rank_at", "rounded", "scaled", "smoothquant", "svdquant", "task",
 ]  # fmt: skip

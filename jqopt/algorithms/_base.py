@@ -138,6 +138,12 @@ class Algorithm(NamedTuple):
     scales_input: bool = False
     two_streams: bool = False  # does it compare the float model's activations with the quantized prefix'?
     refuses: Callable[[Problem, int, int], str] = lambda problem, n, k: ""  # why it can't be had for a weight [n, k]
+    chained: tuple[Any, ...] = ()  # the algorithms of a chain
+
+    @property
+    def parts(self) -> tuple[Algorithm, ...]:
+        """The steps of a chain; of another algorithm itself."""
+        return self.chained or (self,)
 
     @property
     def uses_data(self) -> bool:
@@ -176,6 +182,9 @@ def chain(*algorithms: Algorithm) -> Algorithm:
     Raises:
         PlanError: a step stands after one whose result it would undo.
     """
+    if len(algorithms) == 1:
+        return algorithms[0]
+    algorithms = tuple(part for a in algorithms for part in a.parts)
     order = list(STAGES)
     for before, after in itertools.pairwise(algorithms):
         if order.index(after.stage) < order.index(before.stage) or before.stage == after.stage == "rounding":
@@ -189,12 +198,11 @@ def chain(*algorithms: Algorithm) -> Algorithm:
     def solve(task: Task) -> Task:
         return functools.reduce(lambda t, a: a.solve(t), algorithms, task)
 
-    if len(algorithms) == 1:
-        return algorithms[0]
     return Algorithm(
         "+".join(a.name for a in algorithms), solve, algorithms[-1].stage, tuple(statistics.values()),
         next((a.rotation for a in algorithms if a.rotation), 0), sum(a.rank for a in algorithms),
         any(a.scales_input for a in algorithms), any(a.two_streams for a in algorithms),
+        chained=algorithms,
     )  # fmt: skip
 
 

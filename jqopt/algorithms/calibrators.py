@@ -16,9 +16,7 @@ from jax import lax
 from jqopt._numerics import amax_of
 from jqopt.algorithms import headroom as _headroom
 from jqopt.algorithms import histogram, ranges
-from jqopt.algorithms.max import allreduce as _max_allreduce
-from jqopt.algorithms.max import init as _max_init
-from jqopt.algorithms.max import update as _max_update
+from jqopt.algorithms._statistics import AMAX
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
@@ -54,7 +52,7 @@ class MeanMax(NamedTuple):
 
 def max(format: Format) -> Calibrator:
     """The largest value: nothing that was seen saturates."""
-    return Calibrator("max", _max_init, _max_update, lambda state: state.amax, _max_allreduce, {})
+    return Calibrator("max", AMAX.init, AMAX.update, lambda state: state.amax, AMAX.allreduce, {})
 
 
 def percentile(format: Format, percentile: float = 99.99) -> Calibrator:

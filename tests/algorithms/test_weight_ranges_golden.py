@@ -32,9 +32,10 @@ N, K = W.shape
 def ours(name: str, block: int | None = None, tensor_amax: float | None = None) -> np.ndarray:
     """W as the algorithm mse stores it."""
     format = formats.get(name) if block is None else formats.get(name).with_block(block)
-    amax = None if tensor_amax is None else jnp.float32(tensor_amax)
-    problem = Problem(format, format.granularity, amax, None)
-    codes = jax.jit(lambda w: algorithms.get("mse").solve(w, None, problem))(jnp.asarray(W))
+    amax = None if tensor_amax is None else [jnp.full((1,), tensor_amax, jnp.float32)]
+    problem = Problem(format, format.granularity)
+    solve = lambda w: algorithms.rounded(algorithms.get("mse").solve(algorithms.task([w], problem, amax=amax)))  # noqa: E731
+    codes = jax.tree.map(lambda x: x[0], jax.jit(solve)(jnp.asarray(W)).codes[0])
     return np.asarray(
         _numerics.dequantize_matrix(codes.data, codes.scale, codes.global_scale, codes.zero_point, format, K)
     )
