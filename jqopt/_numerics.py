@@ -284,7 +284,8 @@ def scale_from_amax(amax: Array, format: Format) -> Array:
             f"format {format.name!r} has no per-tensor scale to compute from an amax; "
             "use dynamic scaling, which finds its block scales from the data"
         )
-    return _safe(divide(amax.astype(jnp.float32), format.element.max * _scale_max(format)))
+    most = format.element.max * _scale_max(format) if format.then is None else format.then.max
+    return _safe(divide(amax.astype(jnp.float32), most))
 
 
 def _scale_max(format: Format) -> float:
@@ -349,6 +350,9 @@ def _find_scales(
     if tensor_scale is None:
         whole = amax_of(amax, (-2, -1)) if tensor_amax is None else jnp.asarray(tensor_amax)
         tensor_scale = scale_from_amax(whole, format)
+    if format.then is not None:
+        scale = _safe(divide(amax, lax.full_like(amax, format.element.max)))
+        return _Scales(scale, scale, jnp.broadcast_to(tensor_scale.astype(jnp.float32), amax.shape[:-2]))
     if format.global_scale and len(format.ranges) > 1 and tile_amax is None:
         return _best_range(tiles, amax, tensor_scale, format)
     if format.global_scale:
@@ -455,9 +459,18 @@ def dequantize_matrix(
     if format.scale.name == "e8m0":
         return from_tiles(_times_power(tiles, spread(scale)), n, k)
     factor = decode_scale(scale, format)
+    if format.then is not None:
+        return _then(from_tiles(tiles * spread(factor), n, k), global_scale, format)
     if global_scale is not None:
         factor = factor * global_scale[..., None, None]
     return from_tiles(tiles * spread(factor), n, k)
+
+
+def _then(values: Array, global_scale: Array | None, format: Format) -> Array:
+    """Decoded values [..., n, k], rounded once more."""
+    assert format.then is not None and global_scale is not None, format.name
+    scale = jnp.broadcast_to(global_scale[..., None, None], values.shape)
+    return round_to(divide(values, scale), format.then) * scale
 
 
 def qdq_matrix(
@@ -478,14 +491,15 @@ def qdq_matrix(
         values = round_to(scaled, format.element)
     if scales.divisor is None:
         return from_tiles(_times_power(values, spread(scales.raw)), *x.shape[-2:])
-    return from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
+    whole = from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
+    return whole if format.then is None else _then(whole, scales.global_scale, format)
 
 
 def element_scales(codes: Codes, format: Format, n: int, k: int) -> tuple[Array, Array | None]:
     """(what each code of a matrix [n, k] is multiplied by, its zero point), float32 [n, k]; never a zero scale."""
     tile = _tile_of(codes.scale.shape, n, k, format)
     factor = decode_scale(codes.scale, format)
-    if codes.global_scale is not None:
+    if codes.global_scale is not None and format.then is None:
         factor = factor * codes.global_scale[..., None, None]
 
     def at_each(per_tile: Array) -> Array:

@@ -96,7 +96,7 @@ def _rows(spec: InputFormat) -> str:
 
 def takes_codes(spec: InputFormat | None, weight: QTensor, m: int, simulate: bool, backend: str | None) -> bool:
     """Will a product with m rows multiply the activation's codes, rather than the values they stand for?"""
-    if spec is None or simulate:
+    if spec is None or simulate or weight.format.then is not None:
         return False
     return backend is not None or _find(operand(spec.format, _rows(spec)), _facts(weight), m, None).low_precision
 
@@ -162,13 +162,14 @@ def _find(lhs: kernels.Operand, facts: Weight, m: int, backend: str | None) -> k
     return kernels.find("qdot", lhs, rhs, jax.default_backend(), shapes, backend=backend)
 
 
+TWICE = "float (weights of two formats in sequence have no kernel: they are decoded)"
 FLOAT = kernels.Operand("float", None, None, None)
 _NT = (((1,), (1,)), ((), ()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _product(x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
-    if simulate:
+    if simulate or facts.format.then is not None:
         return lax.dot_general(x.astype(jnp.float32), _decoded(facts, arrays), _NT)
     if lhs is None or spec is None:
         return _run(_find(FLOAT, facts, x.shape[0], backend), FLOAT, facts, x, arrays)
@@ -226,6 +227,8 @@ def explain(
     weight: Weight, spec: InputFormat | None, m: int, device: str | None = None
 ) -> list[tuple[str, str | None]]:
     """For one product: every kernel of the table with None (it can) or the reason why not, in order of preference."""
+    if weight.format.then is not None:
+        return [(TWICE, None)]
     lhs = FLOAT if spec is None else operand(spec.format, _rows(spec))
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
     return kernels.explain("qdot", lhs, rhs, device or jax.default_backend(), shapes)
@@ -233,6 +236,8 @@ def explain(
 
 def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> str:
     """The kernel that `matmul` runs such a product with; where none multiplies codes, the activation is decoded."""
+    if weight.format.then is not None:
+        return TWICE
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
     device = device or jax.default_backend()
     if spec is not None:

@@ -133,7 +133,8 @@ def _layer_by_layer(
     left = _layerwise.run(plan, work.tree(params), batches, waiting, kept, solver.solve, **kwargs)
     for unit in waiting:
         if unit not in left:
-            work.put(unit, solver.stacked(unit), unit.name in kept)
+            got = tuple(g._replace(pre_scale=kept.get(unit.name)) for g in solver.stacked(unit))
+            work.put(unit, got, unit.name in kept)
     later = [u for u in plan.units if not u.needs_data]
     for units in _calibrate.passes(plan, memory, left):
         stats = _calibrate.calibrate(plan, params, batches, units=units, **kwargs)

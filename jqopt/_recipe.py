@@ -329,6 +329,8 @@ def _match_input(value: object) -> object:
 
 
 def _spec_input(value: object) -> object:
+    if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return _sequence([str(v) for v in value])
     if isinstance(value, TensorSpec) or (isinstance(value, Mapping) and "format" in value):
         return value
     if isinstance(value, Mapping) and not set(value) <= set(_keys(TensorSpec)):
@@ -336,6 +338,15 @@ def _spec_input(value: object) -> object:
     if isinstance(value, Mapping):
         raise ValueError(f"found {_show(dict(value))} without 'format'; write {{format: int8, ...}}")
     return {"format": _format_name(value)}
+
+
+def _sequence(names: list[str]) -> object:
+    """Formats applied one after the other, `[int4, fp8]`."""
+    known = [n.split("_") for n in formats.names() if formats.get(n).then is not None]
+    if names not in known:
+        written = " or ".join(str(k).replace("'", "") for k in known)
+        raise ValueError(f"found the formats {names} in sequence; write one format, or {written}")
+    return {"format": "_".join(names)}
 
 
 def _operand_input(value: object) -> object:
@@ -541,6 +552,8 @@ def _weight_scaling(spec: TensorSpec) -> str:
 def _input_scaling(spec: TensorSpec) -> str:
     """When the scale of an input is found; ValueError for formats and combinations an input cannot have."""
     fmt = spec.element_format()
+    if fmt.then is not None:
+        raise ValueError(f"{spec.format!r} is for weights only; write {fmt.then.name and 'fp8'}")
     if fmt.zero_point:
         raise ValueError(f"{spec.format!r} is asymmetric (it has zero points), for weights only; write int8 or int4")
     if fmt.element.kind == "table":

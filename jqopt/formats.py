@@ -44,7 +44,8 @@ class Format:
     `block`: an int b (b elements along the contracted axis), a pair (rows, contracted), or None: one scale for a
     channel or for the whole tensor, by granularity. `ranges`: what a block's largest value is multiplied by before it
     becomes the scale; of several the one with the least squared error (what is stored doesn't tell). `scale_max`: the
-    scale that the block with the tensor's largest value gets, under a global scale.
+    scale that the block with the tensor's largest value gets, under a global scale. `then`: what the decoded values are
+    rounded to once more, under the global scale (int4 weights that fp8 products read).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Format:
     zero_point: bool = False
     ranges: tuple[float, ...] = (1.0,)
     scale_max: float = 448.0
+    then: Element | None = None
 
     @property
     def tile(self) -> tuple[int, int] | None:
@@ -174,6 +176,7 @@ _FORMATS = {
     for f in (
         Format("int8", INT8, None, FLOAT32),
         Format("int4", INT4, 128, FLOAT32),
+        Format("int4_fp8", INT4, 128, FLOAT32, global_scale=True, then=E4M3),
         Format("uint4", UINT4, 128, FLOAT32, zero_point=True),
         Format("fp8", E4M3, None, FLOAT32),
         Format("fp8_e5m2", E5M2, None, FLOAT32),

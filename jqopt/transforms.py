@@ -1,4 +1,4 @@
-"""Transforms of parameter trees that the dataflow allows: prune and permute axis classes, fold scales and norms.
+"""Transforms of parameter trees that the dataflow allows: axis classes pruned, permuted, rotated; scales, norms folded.
 
 Each is made from a graph and gives a pure function `params -> params`. It takes what was traced (Linen's variables, a
 function's tree, an NNX module or its state) and leaves it as it is.
@@ -16,12 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqopt import _leaves
+from jqopt._rotate import Rotation, rotate, rotate_residual, rotate_values
 from jqopt._trace import Graph
 from jqopt.analysis.classes import AxisClass
 from jqopt.analysis.folds import Absorber, Fold, NormGain, norm_gains
 from jqopt.analysis.groups import Group
 from jqopt.analysis.moves import Moves, checked_keep, checked_order, moves
 from jqopt.errors import PlanError, TraceError
+
+__all__ = [
+    "NormFold",
+    "Rotation",
+    "Transform",
+    "fold_norms",
+    "fold_scale",
+    "permute",
+    "prune",
+    "rotate",
+    "rotate_residual",
+    "rotate_values",
+]
 
 Transform = Callable[[Any], Any]
 

@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "jqopt_kernels"
 # Ground first. A module imports from floors below its own and from its own folder, not from beside or above.
 FLOORS: list[set[str]] = [
     {"errors", "_compat", "_table", "_view", "_trace_layout"},
-    {"formats", "_trace_page", "_hadamard"},
+    {"formats", "_hadamard", "_trace_page"},
     {"_numerics"},
     {"_qtensor"},
     {"_ops"},
@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
     {"algorithms", "analysis"},
     {"_recipe", "_trace"},
     {"_leaves", "_attention"},
+    {"_rotate"},
     {"_plan", "transforms", "axis_rules", "_attention_ops", "kv_cache"},
     {"_apply"},
     {"_program"},

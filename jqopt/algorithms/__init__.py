@@ -23,6 +23,8 @@ from jqopt.algorithms._statistics import AMAX, CHANNELS, MOMENTS, ROWS
 from jqopt.algorithms.awq import awq, awq_full
 from jqopt.algorithms.gptq import gptq
 from jqopt.algorithms.hadamard import hadamard
+from jqopt.algorithms.hqq import hqq
+from jqopt.algorithms.lsq import lsq
 from jqopt.algorithms.max import max
 from jqopt.algorithms.qep import CROSS, qep
 from jqopt.algorithms.smoothquant import smoothquant
@@ -38,7 +40,9 @@ TABLE: dict[str, Callable[..., Algorithm]] = {
     "four_over_six": four_over_six,
     "gptq": gptq,
     "hadamard": hadamard,
+    "hqq": hqq,
     "local_hessian": local_hessian,
+    "lsq": lsq,
     "max": max,
     "mse": mse,
     "qep": qep,
@@ -76,6 +80,6 @@ def get(name: str, more: Table | None = None, /, **options: Any) -> Algorithm:
 
 __all__ = [
     "AMAX", "CHANNELS", "CROSS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task",
-    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "local_hessian", "max", "mse",
+    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "hqq", "local_hessian", "lsq", "max", "mse",
     "names", "qep", "rank_at", "rounded", "scaled", "smoothquant", "svdquant", "task",
 ]  # fmt: skip

@@ -106,14 +106,14 @@ def _regroup(labels: np.ndarray, lead: int, old: Sequence[int], new: Sequence[in
     if 0 in old:
         raise Stop("a value without elements is reshaped")
     wide, target = list(labels.shape[:lead]), list(labels.shape[:lead])
-    for before, after in _factors(old, new):
+    for before, after in reshape_runs(old, new):
         varies = any(labels.shape[lead + a] > 1 for a in before)
         wide += [old[a] if varies else 1 for a in before]
         target += [new[a] if varies else 1 for a in after]
     return compress(np.broadcast_to(labels, wide).reshape(target))
 
 
-def _factors(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def reshape_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Runs of old and new axes with the same number of elements, as short as they can be."""
     runs, i, j = [], 0, 0
     while i < len(old) or j < len(new):

@@ -58,7 +58,7 @@ class Program:
     """What the searches of all groups share: the order of the equations, and what each value depends on."""
 
     def __init__(self, flow: Flow, keys: Mapping[Address, Sequence[str]]):
-        self.by_address, self.keys = flow.by_address, keys
+        self.flow, self.by_address, self.keys = flow, flow.by_address, keys
         self.leaf = {v.name: i for i, v in enumerate(flow.leaves)}
         self.place = {e: i for i, e in enumerate(flow.equations)}
         self.needs: dict[Value, int] = {v: _PARAMETER for v in flow.leaves if v.kind == "parameter"}

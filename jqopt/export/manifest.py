@@ -73,6 +73,7 @@ class Packing(Checked):
     scale: str
     global_scale: bool
     zero_point: bool
+    then: str = ""
     block: int | list[int] | None
     granularity: str
     layout: LayoutData
@@ -231,6 +232,7 @@ def _facts(f: Format) -> dict[str, Any]:
         "scale": f.scale.name,
         "global_scale": f.global_scale,
         "zero_point": f.zero_point,
+        "then": "" if f.then is None else f.then.name,
     }
 
 

@@ -8,7 +8,7 @@ scanned.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -290,3 +290,15 @@ class LlamaForCausalLM(nn.Module):
         x = self.hidden(input_ids)
         logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32)
+
+
+def untie(config: LlamaConfig, variables: Mapping[str, Any]) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The same model with a head of its own: a copy of the embedding's table, transposed.
+
+    Needed before the last norm's gain can be folded into the head (`transforms.fold_norms`), hence before a rotation.
+    """
+    if not config.tie_word_embeddings:
+        return config, dict(variables)
+    params = dict(variables["params"])
+    params["lm_head"] = {"kernel": params["embed_tokens"]["embedding"].T}
+    return replace(config, tie_word_embeddings=False), {**variables, "params": params}

@@ -56,6 +56,14 @@ def test_plain_function(tmp_path):
     assert 1 < relative_error(text) < 30  # six layers of NVFP4, about 10% of noise in weight and input each
 
 
+def test_rotate(tmp_path):
+    text = output_of("rotate.py", folder=tmp_path)
+    rows = re.findall(r"^(.*): float change (\S+), INT8 error ([\d.]+)%$", text, re.MULTILINE)
+    (_, _, before), (name, change, after) = rows
+    assert name == "rotated" and float(change) < 1e-5
+    assert float(after) < float(before) / 2  # three channels a hundred times the others, spread over 256
+
+
 @pytest.mark.slow
 def test_quantized_kv_cache(tmp_path):
     text = output_of("quantized_kv_cache.py", folder=tmp_path)
