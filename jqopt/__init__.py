@@ -1,6 +1,6 @@
 """jqopt: declarative quantization for JAX. Recipes in YAML, plans as data, packed weights under jax.jit."""
 
-from jqopt import algorithms, axis_rules, formats, train, transforms
+from jqopt import algorithms, axis_rules, formats, kv_cache, train, transforms
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
 from jqopt._model import load, plan, quantize_model, save, trace
@@ -34,6 +34,7 @@ __all__ = [
     "axis_rules",
     "calibrate",
     "formats",
+    "kv_cache",
     "linen",
     "list_recipes",
     "load",

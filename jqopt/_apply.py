@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _hadamard, _jaxpr, _ops, _trace, _view
+from jqopt import _attention_ops, _hadamard, _jaxpr, _ops, _trace, _view
+from jqopt._attention import Product, products
 from jqopt._jaxpr import Address, QConcat, QView, State, layout_atoms
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
@@ -21,12 +22,16 @@ from jqopt._view import Atom, View
 from jqopt.errors import PlanError
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "attention"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A parameter tree in which QTensors stand where quantized arrays stood. A pytree: jit, shard and save it."""
+    """A parameter tree in which QTensors stand where quantized arrays stood. A pytree: jit, shard and save it.
+
+    `attention`: scales and biases of attention's operands, {attention: {"k_scale": [*layers], ...}}, float32.
+    """
 
     params: Any
+    attention: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def is_qtensor(x: Any) -> bool:
@@ -77,15 +82,17 @@ def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tu
 def run(plan: Plan, rule_of: Callable[[list], Executor], quant: Any, inputs: tuple, kwargs: dict) -> Any:
     """The model's output with the rule that `rule_of` makes of the quantized sites; traced with these inputs."""
     params = quant.params if isinstance(quant, Quantized) else quant
+    scales = quant.attention if isinstance(quant, Quantized) else {}
     leaves = check_params(plan, params)
+    _attention_ops.check_scales(plan.attention, scales)
     shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
     closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
-    rule = rule_of(decided_sites(plan, closed, views))
+    rule = rule_of([*decided_sites(plan, closed, views), *products(plan.attention, closed, views)])
     values = [
         QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
         for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
     ]
-    outs, _ = _jaxpr.evaluate(closed, [*values, *_trace.split_static((inputs, kwargs))[0]], rule, {})
+    outs, _ = _jaxpr.evaluate(closed, [*values, *_trace.split_static((inputs, kwargs))[0]], rule, dict(scales))
     return jax.tree.unflatten(jax.tree.structure(out), [_jaxpr.dense(o) for o in outs])
 
 
@@ -150,13 +157,13 @@ def decided_sites(plan: Plan, closed: Any, views: Sequence[View | None]) -> list
 
 
 class Sited:
-    """What the evaluator asks about addresses, from the sites that matter."""
+    """What the evaluator asks about addresses, from (site, decision) or (attention's product, decisions by role)."""
 
     unrolls = False
 
-    def __init__(self, sites: Sequence[tuple[Site, Decision]]):
-        self.at: dict[Address, list[tuple[Site, Decision]]] = {}
-        self.below: dict[Address, list[Site]] = {}
+    def __init__(self, sites: Sequence[tuple[Any, Any]]):
+        self.at: dict[Address, list[tuple[Any, Any]]] = {}
+        self.below: dict[Address, list[Any]] = {}
         for site, decision in sites:
             self.at.setdefault(site.address, []).append((site, decision))
             for n in range(1, len(site.address)):
@@ -185,13 +192,17 @@ class Executor(Sited):
     Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
     """
 
-    def __init__(self, sites: Sequence[tuple[Site, Decision]], simulate: bool, backend: str | None):
+    def __init__(self, sites: Sequence[tuple[Any, Any]], simulate: bool, backend: str | None):
         super().__init__(sites)
         self.simulate, self.backend = simulate, backend
         self.values: dict[tuple, tuple[jax.Array, _ops.Activation]] = {}
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
-        found = self.at[address]
+        found: list[Any] = self.at[address]
+        product, out = found[0][0], eqn.outvars[0].aval
+        if isinstance(product, Product):
+            run = functools.partial(_attention_ops.run, *found[0], eqn)
+            return [_placed(lambda *xs: run(xs, state.get(product.key, {})), out)(*values)], state
         weight, out = values[found[0][0].operand], eqn.outvars[0].aval
         if not _jaxpr.is_quantized(weight):
             return _jaxpr.bind(eqn, values), state

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _hadamard, _jaxpr, _trace
+from jqopt import _attention_ops, _hadamard, _jaxpr, _trace
 from jqopt._apply import Sited, check_paths, decided_sites
+from jqopt._attention import OperandDecision, Product, products
 from jqopt._jaxpr import Address, State
-from jqopt._plan import Decision, Plan, Unit
+from jqopt._plan import Plan, Unit
 from jqopt._trace import Site
 from jqopt.errors import CalibrationError
 
@@ -23,10 +24,15 @@ Stats = dict[str, Any]
 stacked layers' axes first. Save it, merge it, plot it."""
 
 
-def initial(plan: Plan, units: Sequence[Unit] | None = None) -> Stats:
-    """Statistics before any data, of all units that need some or of these."""
+def initial(plan: Plan, units: Sequence[Unit] | None = None, attention: bool | None = None) -> Stats:
+    """Statistics before any data, of all units that need some or of these; of attention's operands if all are."""
     chosen = [u for u in plan.units if u.needs_data] if units is None else units
-    return {u.name: _initial(u) for u in chosen}
+    operands = _operands(plan, units, attention)
+    return {**{u.name: _initial(u) for u in chosen}, **_attention_ops.initial(operands)}
+
+
+def _operands(plan: Plan, units: Sequence[Unit] | None, attention: bool | None) -> tuple[OperandDecision, ...]:
+    return plan.attention if (units is None if attention is None else attention) else ()
 
 
 def _initial(unit: Unit) -> dict[str, Any]:
@@ -70,18 +76,25 @@ def passes(plan: Plan, memory: int | None = None, units: Iterable[Unit] | None =
 class Observer(Sited):
     """The observing rule: at each site, update the statistics of its activation, then run the op as it stands."""
 
-    def __init__(self, sites: Sequence[tuple[Site, Decision]], units: Sequence[Unit]):
+    def __init__(self, sites: Sequence[tuple[Any, Any]], units: Sequence[Unit]):
         self.units = {key: u for u in units for key in u.at}
-        super().__init__([(s, d) for s, d in sites if s.key in self.units])
+        super().__init__([(s, d) for s, d in sites if s.key in self.units or isinstance(s, Product)])
 
     def state_below(self, address: Address) -> frozenset[str]:
-        return frozenset(self.units[s.key].name for s in self.below.get(address, ()))
+        return frozenset(self._name(s) for s in self.below.get(address, ()))
 
     def stacked_at(self, address: Address) -> frozenset[str]:
-        return frozenset(self.units[s.key].name for s in self.below.get(address, ()) if address in s.scans)
+        return frozenset(self._name(s) for s in self.below.get(address, ()) if address in s.scans)
+
+    def _name(self, site: Any) -> str:
+        """Under which the statistics of a site, or of an attention, stand."""
+        return site.key if isinstance(site, Product) else self.units[site.key].name
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
         for site, decision in self.at[address]:
+            if isinstance(site, Product):
+                state = {**state, site.key: _attention_ops.observe(site, decision, values, state[site.key])}
+                continue
             unit = self.units[site.key]
             x = _matrix(values[1 - site.operand], eqn, site)
             if decision.rotation:
@@ -95,6 +108,8 @@ class Observer(Sited):
         kinds = {u.name: u.statistics for u in self.units.values()}
         return {
             name: {s.name: s.allreduce(before[name][s.name], after[name][s.name], axes) for s in kinds[name]}
+            if name in kinds
+            else _attention_ops.allreduce(before[name], after[name], axes)
             for name in after
         }
 
@@ -131,6 +146,7 @@ def calibrate(
     stats: Stats | None = None,
     progress: Callable[[int], Any] | None = None,
     units: Sequence[Unit] | None = None,
+    attention: bool | None = None,
     **kwargs: Any,
 ) -> Stats:
     """Runs the float model over the batches and gathers statistics of activations.
@@ -141,6 +157,7 @@ def calibrate(
         stats: statistics of earlier batches, to go on from. Any split into batches gives the same result.
         progress: called with each finished batch's number, e.g. to move a progress bar.
         units: those of `plan.units` to gather statistics of; all unless given.
+        attention: gather those of attention's operands? Unless said, if no units are given.
         kwargs: keywords for every call of the model (`train=False`).
 
     Raises:
@@ -149,10 +166,11 @@ def calibrate(
     """
     # a copy: each step takes over the buffers of the last; the caller's own stay, and no two leaves share one
     chosen = tuple(u for u in plan.units if u.needs_data) if units is None else tuple(units)
-    state: Stats = jax.tree.map(jnp.copy, initial(plan, chosen) if stats is None else stats)
+    operands = _operands(plan, units, attention)
+    state: Stats = jax.tree.map(jnp.copy, initial(plan, chosen, bool(operands)) if stats is None else stats)
     if batches is None:
         raise CalibrationError("calibrate needs batches: an iterable of inputs (arrays, tuples, or dicts of keywords).")
-    if not plan.needs_data:
+    if not plan.needs_batches:
         return state
     params = plan.function.tree(params)
     _check(plan, params)
@@ -160,19 +178,20 @@ def calibrate(
     n = 0
     for n, batch in enumerate(batches, 1):
         arrays, rebuild, key = _trace.split_static(as_call(batch, kwargs))
-        key = ("calibrate", tuple(u.name for u in chosen), key)
+        key = ("calibrate", tuple(u.name for u in chosen), bool(operands), key)
         if key not in steps:
-            steps[key] = jax.jit(functools.partial(_step, plan, chosen, rebuild), donate_argnums=(0,))
+            steps[key] = jax.jit(functools.partial(_step, plan, chosen, operands, rebuild), donate_argnums=(0,))
         state = jax.block_until_ready(steps[key](state, params, arrays))  # one batch in flight, progress that is true
         if progress is not None:
             progress(n)
     if n == 0:
         raise CalibrationError(
             "calibrate got no batches: the iterable is empty (a generator that was already used up?). "
-            f"Sites that wait for data: {', '.join(list(plan.needs_data)[:6])}"
+            f"Sites that wait for data: {', '.join([*plan.needs_data, *_attention_ops.initial(plan.attention)][:6])}"
         )
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         check_stats(plan, state, chosen)
+        _attention_ops.check(operands, state)
     return state
 
 
@@ -192,11 +211,20 @@ def _check(plan: Plan, params: Any) -> None:
     )
 
 
-def _step(plan: Plan, units: Sequence[Unit], rebuild: Callable, stats: Stats, params: Any, arrays: list) -> Stats:
+def _step(
+    plan: Plan,
+    units: Sequence[Unit],
+    operands: Sequence[OperandDecision],
+    rebuild: Callable,
+    stats: Stats,
+    params: Any,
+    arrays: list,
+) -> Stats:
     inputs, kwargs = rebuild(arrays)
     closed, _, views = _trace.stage(plan.function, params, inputs, kwargs)
     leaves = [*jax.tree.leaves(params), *arrays]
-    _, after = _jaxpr.evaluate(closed, leaves, Observer(decided_sites(plan, closed, views), units), stats)
+    sites = [*decided_sites(plan, closed, views), *(p for p in products(operands, closed, views) if p[0].key in stats)]
+    _, after = _jaxpr.evaluate(closed, leaves, Observer(sites, units), stats)
     return after
 
 

@@ -77,13 +77,14 @@ def _shape(x: Any) -> Any:
 
 def _needed(plan: Plan, feed: Feed | None) -> Feed | None:
     """The batches if the plan needs any."""
-    if not plan.needs_data:
+    if not plan.needs_batches:
         if feed is not None:
             note(f"recipe {plan.recipe.name!r} needs no calibration: the data aren't used")
         return None
+    waiting = [*plan.needs_data, *dict.fromkeys(d.key for d in plan.attention if d.needs_data)]
     if feed is None:
         raise CalibrationError(
-            f"recipe {plan.recipe.name!r} needs calibration: {len(plan.needs_data)} sites have static input scales "
-            f"(first: {plan.needs_data[0]}). Write --data FILE, or --random-calibration to try it without data."
+            f"recipe {plan.recipe.name!r} needs calibration: {len(waiting)} sites have static input scales "
+            f"(first: {waiting[0]}). Write --data FILE, or --random-calibration to try it without data."
         )
     return feed

@@ -51,6 +51,11 @@ def transform(x: jax.Array, block: int) -> jax.Array:
     return (y * jnp.asarray(1 / math.sqrt(block), wide)).reshape(x.shape).astype(x.dtype)
 
 
+def rotate(x: jax.Array) -> jax.Array:
+    """The last axis of x in blocks of the largest power of two that divides it: its own inverse."""
+    return transform(x, x.shape[-1] & -x.shape[-1])
+
+
 def inverse(x: jax.Array, block: int) -> jax.Array:
     """What undoes `transform`: the transform itself, since its matrices are symmetric."""
     return transform(x, block)

@@ -123,7 +123,7 @@ class QuantizedModel:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
             nnx.check_unchanged(self.plan.function, self.params, inputs, kwargs)
             return out
-        self.quant = Quantized({**self.params, "state": state})
+        self.quant = dataclasses.replace(self.quant, params={**self.params, "state": state})
         if graphdef != self.plan.function.call.graphdef:  # the call has made state that wasn't there before
             self.plan = dataclasses.replace(self.plan, function=nnx.with_structure(self.plan.function, graphdef))
             self.__post_init__()
@@ -178,7 +178,7 @@ def quantize_model(
     tree = graph.function.tree(model if isinstance(model, flax_nnx.Module) else params)
     tell = progress or (lambda verb, what: None)
     data = () if first is None else itertools.chain([first], feed)
-    feed = data if made.needs_data else None
+    feed = data if made.needs_batches else None
     quant = quantize(
         made, tree, batches=feed, memory=memory, donate=donate, progress=lambda p: tell("quantize", p),
         calibrating=lambda n: tell("calibrate", n), **kwargs,
@@ -279,7 +279,9 @@ def load(
         _check_model(model, read, *call)
     tree = checkpoint.tree(checkpoint.load(list(checkpoint.manifest.tensors), shardings, verify), example)
     checkpoint.check_params(read, tree)
-    return QuantizedModel(model, read, Quantized(tree), None if call is None else _shapes(call))
+    scales = checkpoint.attention(verify)
+    checkpoint.check_attention(read, scales)
+    return QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
 
 
 def _kind(model: Any) -> str:
@@ -300,6 +302,9 @@ def _check_model(model: Any, made: Plan, args: tuple, kwargs: dict) -> None:
         ) from e
     mine = {f"{s.key} ({s.op})" for s in graph.sites if s.path is not None}
     saved = {f"{d.key} ({d.op})" for d in made.decisions if d.path is not None}
+    if made.attention:
+        mine |= {f"{s.key} (attention)" for s in graph.attention.sites}
+        saved |= {f"{d.key} (attention)" for d in made.attention}
     if mine != saved:
         raise CheckpointError(
             f"this checkpoint is of another model. Sites that {made.function.name} has, and the checkpoint's plan "

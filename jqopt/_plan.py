@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jqopt import _recipe, algorithms
+from jqopt import _attention, _recipe, algorithms
+from jqopt._attention import OperandDecision
 from jqopt._ops import InputFormat
 from jqopt._qtensor import Layout
 from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
@@ -23,7 +24,7 @@ from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`
+VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Plan:
     parameters: Mapping[str, Parameter]
     opaque: tuple[str, ...] = ()
     function: Any = dataclasses.field(default=None, compare=False, repr=False)
+    attention: tuple[OperandDecision, ...] = ()
     graph: Graph | None = dataclasses.field(default=None, compare=False, repr=False)  # None: read from a file
     algorithms: algorithms.Table = dataclasses.field(default_factory=dict, compare=False, repr=False)  # a user's own
     compiled: dict = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)  # a cache
@@ -172,6 +174,11 @@ class Plan:
         return tuple(_unit(self, tuple(paths)) for paths in members.values())
 
     @property
+    def needs_batches(self) -> bool:
+        """Does anything come from calibration data: weights' algorithms, input scales, attention's scales?"""
+        return bool(self.needs_data) or any(d.needs_data for d in self.attention)
+
+    @property
     def bits_per_weight(self) -> float:
         """Average over the quantized parameters, scales included."""
         sizes = [(math.prod(self.parameters[p].shape), d.bits) for p, d in self.quantized.items()]
@@ -189,6 +196,8 @@ class Plan:
         )
         if folds := _fold_rows(self.decisions):
             lines += ["", table(("input of", "a scale on it folds into", "the algorithm's scale"), folds)]
+        if self.attention:
+            lines += ["", table(_attention.HEAD, _attention.rows(self.attention))]
         return "\n".join([*lines, *(f"opaque: {o}" for o in self.opaque)])
 
 
@@ -247,12 +256,15 @@ def make_plan(recipe: Recipe, graph: Graph, own: algorithms.Table | None = None)
     partial = _partial(graph)
     decisions = [_decide(recipe, s, chosen[s.key], graph, partial.get(s.path or "", ""), own) for s in graph.sites]
     decisions = _fused(recipe, graph, _grouped(graph, decisions))
+    attention = _attention.decide(recipe, graph)
+    why = _attention.reasons(graph, attention)
+    decisions = [dataclasses.replace(d, reason=why.get(d.key, d.reason)) for d in decisions]
     _check_rules(recipe, graph, chosen)
     _check_parameters(graph, decisions, own)
     parameters = {p: Parameter(tuple(s.shape), str(s.dtype)) for p, s in graph.parameters.items()}
     opaque = tuple(f"{o.primitive} in {o.scope or graph.function.name}: {o.reason}" for o in graph.opaque)
-    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, graph, dict(own or {}))
-    if not plan.quantized:
+    plan = Plan(recipe, tuple(decisions), parameters, opaque, graph.function, attention, graph, dict(own or {}))
+    if not plan.quantized and not (attention and not any(r.weight for r in recipe.rules)):
         raise PlanError(_nothing(recipe, graph, decisions))
     _check_streams(plan)
     return _with_scales(plan, graph)
@@ -448,6 +460,10 @@ def _unfolded(plan: Plan, graph: Graph, unit: Unit, number: int, order: Mapping[
     late = [a.path for a in fold.absorbers if order.get(a.path, -1) >= number]
     if late:
         return f"kept: {late[0]} would take it up, and is solved before"
+    held = _attention.held(graph, plan.attention)
+    changed = [a.path for a in fold.absorbers if a.path in held]
+    if changed:
+        return f"kept: {changed[0]} would take it up, and {held[changed[0]]} is quantized as it is"
     if local_ties(fold) is None:
         return "kept: layers would have to share it"
     return ""
@@ -597,6 +613,7 @@ def to_dict(plan: Plan) -> dict:
         "parameters": {p: {"shape": list(v.shape), "dtype": v.dtype} for p, v in plan.parameters.items()},
         "opaque": list(plan.opaque),
         "decisions": [_decision_dict(d) for d in plan.decisions],
+        "attention": [d.to_dict() for d in plan.attention],
     }
 
 
@@ -622,7 +639,9 @@ def from_dict(data: Mapping[str, Any], function: Any = None) -> Plan:
         raise PlanError(f"plan version {data['version']} is newer than {VERSION}, the newest this jqopt reads")
     parameters = {p: Parameter(tuple(v["shape"]), v["dtype"]) for p, v in data["parameters"].items()}
     recipe = _recipe.load_recipe(data["recipe"])
-    return Plan(recipe, tuple(map(_decision, data["decisions"])), parameters, tuple(data["opaque"]), function)
+    attention = tuple(map(OperandDecision.from_dict, data.get("attention", ())))
+    decisions = tuple(map(_decision, data["decisions"]))
+    return Plan(recipe, decisions, parameters, tuple(data["opaque"]), function, attention)
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jqopt import _calibrate, _layerwise, _leaves, _numerics, _program, _trace, _view, algorithms
+from jqopt import (
+    _attention_ops,
+    _calibrate,
+    _layerwise,
+    _leaves,
+    _numerics,
+    _program,
+    _trace,
+    _view,
+    algorithms,
+)
 from jqopt._apply import Quantized, check_paths
 from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
@@ -72,12 +82,16 @@ def quantize(
         return _layer_by_layer(plan, params, work, batches, memory, progress, kwargs)
     free = [u for u in plan.units if not u.needs_data]
     rounds = _calibrate.passes(plan, memory) if batches is not None else [tuple(u for u in plan.units if u.needs_data)]
+    rounds, attention = rounds or [()], {} if batches is not None else _attention_ops.solve(plan.attention, stats)
     again = _repeatable(batches, len(rounds))
     uses = collections.Counter(id(leaf) for leaf in leaves)  # one array may stand at several paths
     for number, units in enumerate(rounds):
         here = stats
-        if batches is not None and units:
-            here = _calibrate.calibrate(plan, params, again, units=units, progress=calibrating, **kwargs)
+        if batches is not None and (units or plan.needs_batches):
+            here = _calibrate.calibrate(
+                plan, params, again, units=units, attention=not number, progress=calibrating, **kwargs
+            )
+            attention = attention if number else _attention_ops.solve(plan.attention, here)
         last = number == len(rounds) - 1
         for unit in _ordered(plan, (*units, *free) if last else units):
             work.pack(unit, None if here is None else here.get(unit.name))
@@ -93,7 +107,9 @@ def quantize(
     if donate:
         _delete([found[p] for p in done], uses)
     now = [leaf if p is None else work.leaves[p] for p, leaf in zip(paths, leaves, strict=True)]
-    return Quantized(treedef.unflatten(work.shared_inputs(paths, now)))
+    if batches is not None and not plan.needs_batches:
+        attention = _attention_ops.solve(plan.attention, None)
+    return Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
 
 
 def _layer_by_layer(
@@ -129,7 +145,14 @@ def _layer_by_layer(
     for path in plan.quantized if progress is not None else ():
         assert progress is not None
         progress(path)
-    return Quantized(work.finished(params))
+    return Quantized(work.finished(params), _attention(plan, params, batches, kwargs))
+
+
+def _attention(plan: Plan, params: Any, batches: Any, kwargs: dict) -> dict[str, Any]:
+    """Scales of attention's operands, from the float model."""
+    needs = any(d.needs_data for d in plan.attention)
+    stats = _calibrate.calibrate(plan, params, batches, units=(), attention=True, **kwargs) if needs else None
+    return _attention_ops.solve(plan.attention, stats)
 
 
 class _Layers:

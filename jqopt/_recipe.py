@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -34,6 +35,9 @@ OPS = ("dot_general", "conv", "ragged_dot", "gather")
 
 GRANULARITIES = ("tensor", "channel", "token", "block")
 SCALINGS = ("static", "dynamic")
+OPERAND_GRANULARITIES = ("tensor", "token", "block")
+OPERAND_SCALINGS = ("static", "dynamic", "cast")
+OPERANDS = ("q", "k", "v", "p")
 
 Role = Literal["weight", "input"]
 Where = tuple[str | int, ...]
@@ -345,6 +349,14 @@ def _sequence(names: list[str]) -> object:
     return {"format": "_".join(names)}
 
 
+def _operand_input(value: object) -> object:
+    if isinstance(value, OperandSpec) or (isinstance(value, Mapping) and "format" in value):
+        return value
+    if isinstance(value, Mapping) and set(value) <= set(_keys(OperandSpec)):
+        raise ValueError(f"found {_show(dict(value))} without 'format'; write {{format: fp8, ...}}")
+    return {"format": formats.names()[0], **value} if isinstance(value, Mapping) else {"format": _format_name(value)}
+
+
 def _as_weight(spec: TensorSpec) -> TensorSpec:
     return _resolve(spec, "weight")
 
@@ -368,13 +380,6 @@ def _schema_version(value: object) -> int:
     if value == SCHEMA and type(value) is int:
         return SCHEMA
     raise ValueError(f"found {_show(value)}, expected the version of the recipe format; write schema: {SCHEMA}")
-
-
-def _kv_cache(value: object) -> None:
-    raise ValueError(
-        f"kv_cache is not supported yet (found {_show(value)}): jqopt quantizes parameters and the inputs of "
-        "their operations, and a cache is neither; leave the key out, and caches keep their precision"
-    )
 
 
 def _one_of(known: tuple[str, ...]) -> WithJsonSchema:
@@ -415,10 +420,11 @@ _FormatName = Annotated[str, PlainValidator(_format_name), _one_of(formats.names
 _Granularity = Annotated[str, PlainValidator(_choice(*GRANULARITIES)), _one_of(GRANULARITIES)]
 _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
 _Block = Annotated[int | tuple[int, int], PlainValidator(_block), WithJsonSchema({"anyOf": [_SIZE, _PAIR]})]
+_OperandScaling = Annotated[str, PlainValidator(_choice(*OPERAND_SCALINGS)), _one_of(OPERAND_SCALINGS)]
+_OperandGranularity = Annotated[str, PlainValidator(_choice(*OPERAND_GRANULARITIES)), _one_of(OPERAND_GRANULARITIES)]
 _Schema = Annotated[int, PlainValidator(_schema_version), WithJsonSchema({"type": "integer", "const": SCHEMA})]
 _FUSE_SCHEMA = {"type": "array", "items": {"type": "array", "items": {"type": "string"}, "minItems": 2}}
 _Fuse = Annotated[tuple[tuple[str, ...], ...], PlainValidator(_fuse), WithJsonSchema(_FUSE_SCHEMA)]
-_KvCache = Annotated[str, PlainValidator(_kv_cache), WithJsonSchema({"type": ["string", "object"]})]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,6 +578,107 @@ def _input_scaling(spec: TensorSpec) -> str:
 _SpecInput = Annotated[TensorSpec, BeforeValidator(_spec_input, json_schema_input_type=_FormatName | TensorSpec)]
 
 
+class OperandSpec(_Model):
+    """How an operand of attention (q, k, v, or p, the softmax's output) is quantized along its head's channels.
+
+    As it stands in a loaded `Recipe` format, granularity and scaling are filled in.
+    """
+
+    format: _FormatName = Field(description="the number format")
+    granularity: _OperandGranularity | None = _key("what shares a scale: tensor, token (one head's vector) or block")
+    scaling: _OperandScaling | None = _key("static (calibrated), dynamic (from the live tensor) or cast (a scale of 1)")
+    block: _Count | None = _key("values that share a scale, along the head's channels (of p: along the keys)")
+    affine: _Truth = Field(default=False, description="k, v: subtract each channel's calibrated mean, add it back")
+    rotate: _Truth = Field(default=False, description="k: turn q and k by a Hadamard matrix along the head's channels")
+
+    _where: str = pydantic.PrivateAttr("")
+
+    @property
+    def where(self) -> str:
+        """The place it was read from, such as "kv_fp8.yaml:5 kv_cache"; "" for one made in Python."""
+        return self._where
+
+    def element_format(self) -> formats.Format:
+        """The format with this spec's block; no block where a token or the tensor shares a scale."""
+        return TensorSpec(format=self.format, granularity=self.granularity, block=self.block).element_format()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a recipe file spells it; keys at their defaults are left out."""
+        return {key: value for key, value in super().to_dict().items() if value is not False}
+
+    @classmethod
+    def from_dict(cls, data: str | Mapping[str, Any]) -> OperandSpec:
+        """The inverse of `to_dict`; also takes the bare name of a format.
+
+        Raises:
+            RecipeError: unknown keys or values.
+        """
+        try:
+            return _as_operand(cls.model_validate(_operand_input(data)))
+        except pydantic.ValidationError as error:
+            raise _explained(error, _File("operand spec", {})) from error
+        except ValueError as error:
+            raise RecipeError(f"operand spec: {error}") from error
+
+
+def _as_operand(spec: OperandSpec) -> OperandSpec:
+    """`spec` with the defaults of an operand filled in, or ValueError saying what to write instead."""
+    cast = spec.scaling == "cast"
+    asked = TensorSpec(
+        format=spec.format, granularity=spec.granularity, block=spec.block, scaling=None if cast else spec.scaling
+    )
+    plain = _resolve(asked, "input")
+    element = plain.element_format()
+    able = element.global_scale or (element.element.kind == "float" and plain.granularity == "tensor")
+    if cast and not (able and plain.scaling == "static"):
+        raise ValueError(
+            f"'scaling: cast' is a scale of 1 for the whole tensor, which {spec.format!r} ({plain.granularity}) "
+            "has no use for; write 'scaling: dynamic', or fp8 or nvfp4"
+        )
+    block = plain.block if isinstance(plain.block, int) else None
+    return spec.model_copy(
+        update={"granularity": plain.granularity, "scaling": "cast" if cast else plain.scaling, "block": block}
+    )
+
+
+def _only(role: str, *flags: str) -> Callable[[OperandSpec], OperandSpec]:
+    """A validator of the operand `role`, which can be asked for these flags only."""
+
+    def check(spec: OperandSpec) -> OperandSpec:
+        if spec.affine and "affine" not in flags:
+            raise ValueError(f"affine is for keys and values, which a cache holds, not for {role}; leave it out")
+        if spec.rotate and "rotate" not in flags:
+            raise ValueError(
+                f"q and k are rotated together: write 'rotate: true' in kv_cache or attention.k, not {role}"
+            )
+        return _as_operand(spec)
+
+    return check
+
+
+_OperandInput = BeforeValidator(_operand_input, json_schema_input_type=_FormatName | OperandSpec)
+_KvCache = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("kv_cache", "affine", "rotate"))]
+_Q = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("q"))]
+_K = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("k", "affine", "rotate"))]
+_V = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("v", "affine"))]
+_P = Annotated[OperandSpec, _OperandInput, AfterValidator(_only("p"))]
+
+
+class AttentionSpec(_Model):
+    """How the operands of attention's two products are quantized; what isn't given stays as it is."""
+
+    q: _Q | None = _key("queries")
+    k: _K | None = _key("keys")
+    v: _V | None = _key("values")
+    p: _P | None = _key("the softmax's output; static needs no data, since none is above 1")
+
+    @pydantic.model_validator(mode="after")
+    def _says_something(self) -> AttentionSpec:
+        if not any(getattr(self, role) for role in OPERANDS):
+            raise ValueError("found nothing, expected formats of q, k, v or p, such as 'attention: {q: fp8, p: fp8}'")
+        return self
+
+
 class ShapeMatch(_Model):
     """What a parameter's shape must be; all given keys must hold."""
 
@@ -695,7 +802,8 @@ class Recipe(_Model):
     description: _Prose = Field(default="", description="one line for the list of recipes")
     extends: _Names = Field(default=(), description="shipped recipes or files whose rules stand after these")
     rules: _RulesInput = Field(default=(), description="the first that matches a site decides")
-    kv_cache: _KvCache | None = _key("not supported yet")
+    kv_cache: _KvCache | None = _key("how attention's keys and values are quantized, as a cache would hold them")
+    attention: AttentionSpec | None = _key("how attention's operands q, k, v and p are quantized")
     algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
     layerwise: _Truth | None = _key("solve each layer on what the quantized layers before it give")
     fuse: _Fuse | None = _key("sets of patterns: weights that share a scale, in place of what the dataflow says")
@@ -703,6 +811,24 @@ class Recipe(_Model):
     def rule_for(self, site: SiteLike) -> Rule | None:
         """The first rule that matches the site, which decides; None: no rule is for it."""
         return next((rule for rule in self.rules if rule.match.matches(site)), None)
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_for_keys_and_values(self) -> Recipe:
+        for role, spec in _cached(self.kv_cache).items():
+            given = getattr(self.attention, role, None)
+            if given not in (None, spec):
+                raise ValueError(
+                    f"attention.{role} ({_line(given)}) contradicts kv_cache, which says {_line(spec)}; "
+                    f"leave attention.{role} out, or write attention.k and attention.v in place of kv_cache"
+                )
+        return self
+
+    @property
+    def operands(self) -> dict[str, OperandSpec]:
+        """How attention's operands are quantized, by role (q, k, v, p), from `kv_cache` and `attention`."""
+        given = {role: spec for role in OPERANDS if (spec := getattr(self.attention, role, None)) is not None}
+        both = _cached(self.kv_cache) | given
+        return {role: both[role] for role in OPERANDS if role in both}
 
     @property
     def fingerprint(self) -> str:
@@ -715,6 +841,8 @@ class Recipe(_Model):
         data |= {"description": self.description} if self.description else {}
         data |= {"extends": list(self.extends)} if self.extends else {}
         data["rules"] = [rule.to_dict() for rule in self.rules]
+        data |= {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
+        data |= {} if self.attention is None else {"attention": self.attention.to_dict()}
         data |= {} if self.fuse is None else {"fuse": [list(patterns) for patterns in self.fuse]}
         data |= {} if self.layerwise is None else {"layerwise": self.layerwise}
         inherits = self.extends and "algorithm" not in self.model_fields_set
@@ -723,6 +851,29 @@ class Recipe(_Model):
     def to_yaml(self) -> str:
         """The text of a file that `load_recipe` reads as an equal recipe."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def _cached(spec: OperandSpec | None) -> dict[str, OperandSpec]:
+    """What `kv_cache` says of k and of v: only k is rotated."""
+    if spec is None:
+        return {}
+    v = spec.model_copy(update={"rotate": False})
+    v._where = spec.where
+    return {"k": spec, "v": v}
+
+
+def _line(spec: OperandSpec) -> str:
+    return "{" + ", ".join(f"{key}: {str(value).lower()}" for key, value in spec.to_dict().items()) + "}"
+
+
+def _split_operands(operands: Mapping[str, OperandSpec]) -> dict[str, Any]:
+    """The keys `kv_cache` and `attention` of a recipe that quantizes these operands."""
+    k, rest = operands.get("k"), dict(operands)
+    if k is not None and "v" in rest and _cached(k)["v"] == rest["v"]:
+        rest = {role: spec for role, spec in rest.items() if role not in ("k", "v")}
+    else:
+        k = None
+    return {"kv_cache": k, "attention": AttentionSpec(**rest) if rest else None}
 
 
 def _short(value: object) -> Any:
@@ -821,17 +972,17 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     """
     if isinstance(source, Recipe) and not source.extends:
         file = _File(f"recipe {source.name!r}", {})
-        _refuse_idle(file, _reachable(source.rules, own=True))
+        _refuse_idle(file, _reachable(source.rules, own=True), source.operands)
         return source
     file = _open(source.to_dict() if isinstance(source, Recipe) else source)
     part = _part(file, (), set())
     rules = _reachable(part.specific + part.fallback)
-    _refuse_idle(file, rules)
+    _refuse_idle(file, rules, part.operands)
     update = {
         "rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse,
         "layerwise": part.layerwise,
     }  # fmt: skip
-    return part.recipe.model_copy(update=update)
+    return part.recipe.model_copy(update=update | _split_operands(part.operands))
 
 
 def list_recipes() -> dict[str, str]:
@@ -850,6 +1001,7 @@ class _Part:
     algorithm: tuple[AlgorithmSpec, ...] | None
     fuse: tuple[tuple[str, ...], ...] | None
     layerwise: bool | None
+    operands: dict[str, OperandSpec]
 
 
 def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
@@ -871,6 +1023,7 @@ def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
         algorithm or next((base.algorithm for base in bases if base.algorithm), None),
         next((part.fuse for part in (recipe, *bases) if part.fuse is not None), None),
         next((part.layerwise for part in (recipe, *bases) if part.layerwise is not None), None),
+        functools.reduce(lambda above, base: {**base.operands, **above}, bases, _placed_operands(recipe, file)),
     )
 
 
@@ -895,6 +1048,17 @@ def _placed(rule: Rule, file: _File, index: int, *, inherited: bool) -> Rule:
     return rule
 
 
+def _placed_operands(recipe: Recipe, file: _File) -> dict[str, OperandSpec]:
+    """Copies of a file's operand specs that know where they stand."""
+    out = {}
+    for role, spec in recipe.operands.items():
+        path = ("attention", role) if getattr(recipe.attention, role, None) is not None else ("kv_cache",)
+        spec = spec.model_copy()
+        spec._where = f"{file.at(path)} {'.'.join(path)}"
+        out[role] = spec
+    return out
+
+
 def _reachable(rules: tuple[Rule, ...], *, own: bool = False) -> tuple[Rule, ...]:
     """The rules without inherited ones that an earlier rule hides; RecipeError if an own rule is hidden."""
     kept: list[Rule] = []
@@ -910,8 +1074,8 @@ def _reachable(rules: tuple[Rule, ...], *, own: bool = False) -> tuple[Rule, ...
     return tuple(kept)
 
 
-def _refuse_idle(file: _File, rules: tuple[Rule, ...]) -> None:
-    if not any(rule.weight for rule in rules):
+def _refuse_idle(file: _File, rules: tuple[Rule, ...], operands: Mapping[str, OperandSpec]) -> None:
+    if not operands and not any(rule.weight for rule in rules):
         raise RecipeError(
             f"{file.label}: no rule gives a format to a weight, so nothing would be quantized; add a rule "
             "such as '- {match: \"*\", weight: int8}' (a file of 'keep' rules only is for 'extends')"
@@ -950,7 +1114,10 @@ def _explained(error: pydantic.ValidationError, file: _File) -> RecipeError:
     return RecipeError(faults[0] if len(faults) == 1 else "\n".join([f"{len(faults)} faults:", *faults]))
 
 
-_KEYS_OF = {model.__name__: ", ".join(_keys(model)) for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec)}
+_KEYS_OF = {
+    model.__name__: ", ".join(_keys(model))
+    for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec, OperandSpec, AttentionSpec)
+}
 
 
 # Where recipes come from.

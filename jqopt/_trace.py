@@ -21,6 +21,7 @@ from jqopt import _view
 from jqopt._jaxpr import COMBINERS, OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
 from jqopt._view import Atom, View
+from jqopt.analysis.attention import Attention, attention
 from jqopt.analysis.axis_rules import Rule
 from jqopt.analysis.classes import AxisClass, AxisGraph, Symbol, Unknown, analyse
 from jqopt.analysis.flow import Flow, flow
@@ -210,6 +211,11 @@ class Graph:
     def groups(self) -> tuple[Group, ...]:
         """Sites that read the same activation."""
         return groups(self.flow, self.sites)
+
+    @functools.cached_property
+    def attention(self) -> Attention:
+        """The model's attentions, and why each other product of two activations is none."""
+        return attention(self.flow, self.sites)
 
     @functools.cached_property
     def folds(self) -> Mapping[str, Fold]:

@@ -23,9 +23,9 @@ FLOORS: list[set[str]] = [
     {"_jaxpr"},
     {"algorithms", "analysis"},
     {"_recipe", "_trace"},
-    {"_leaves"},
+    {"_leaves", "_attention"},
     {"_rotate"},
-    {"_plan", "transforms", "axis_rules"},
+    {"_plan", "transforms", "axis_rules", "_attention_ops", "kv_cache"},
     {"_apply"},
     {"_program"},
     {"_calibrate"},
@@ -59,7 +59,7 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "QTensor", "formats", "algorithms", "linen", "nnx"),
-    *("axis_rules", "train", "transforms"),
+    *("axis_rules", "kv_cache", "train", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }

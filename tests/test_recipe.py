@@ -647,8 +647,24 @@ MISTAKES = [
     ('rules:\n  "*": int8', 2, "found a mapping, expected a list of rules"),
     ("rules: int8", 2, "found the text 'int8', expected a list of rules"),
     ("rules:\n  - int8", 3, "rules[0]: found the text 'int8', expected a mapping with the keys match, keep"),
-    ("kv_cache: fp8" + INT8, 2, "kv_cache is not supported yet"),
-    ("kv_cache: {format: fp8}" + INT8, 2, "caches keep their precision"),
+    # attention
+    ("kv_cache: fp9" + INT8, 2, "kv_cache: unknown format 'fp9'; did you mean 'fp8'?"),
+    ("kv_cache: 8" + INT8, 2, "kv_cache: found the number 8, expected the name of a format"),
+    ("kv_cache: {scaling: cast}" + INT8, 2, "without 'format'; write {format: fp8, ...}"),
+    ("kv_cache: {format: fp8, afine: true}" + INT8, 2, "unknown key 'afine'; did you mean 'affine'?"),
+    ("kv_cache: {format: fp8, scaling: casts}" + INT8, 2, "one of static, dynamic, cast; did you mean 'cast'?"),
+    ("kv_cache: {format: fp8, granularity: channel}" + INT8, 2, "one of tensor, token, block"),
+    ("kv_cache: {format: int8, scaling: cast}" + INT8, 2, "write 'scaling: dynamic', or fp8 or nvfp4"),
+    ("kv_cache: {format: mxfp4, scaling: cast}" + INT8, 2, "write 'scaling: dynamic', or fp8 or nvfp4"),
+    ("kv_cache: {format: int8, granularity: token, scaling: static}" + INT8, 2, "write 'scaling: dynamic'"),
+    ("kv_cache: int4" + INT8, 2, "write {format: int4, granularity: token}"),
+    ("kv_cache: {format: fp8, affine: yes}" + INT8, 2, "expected true or false; write true"),
+    ("attention: fp8" + INT8, 2, "expected a mapping with the keys q, k, v, p"),
+    ("attention: {}" + INT8, 2, "expected formats of q, k, v or p"),
+    ("attention: {w: fp8}" + INT8, 2, "unknown key 'w'. Known: q, k, v, p"),
+    ("attention: {q: {format: fp8, affine: true}}" + INT8, 2, "affine is for keys and values"),
+    ("attention: {p: {format: fp8, rotate: true}}" + INT8, 2, "write 'rotate: true' in kv_cache or attention.k"),
+    ("kv_cache: fp8\nattention: {v: nvfp4}" + INT8, 1, "contradicts kv_cache, which says {format: fp8"),
     ("schema: 2" + INT8, 2, "this recipe is of schema 2, and this jqopt reads schema 1; use a newer jqopt"),
     ('schema: "1"' + INT8, 2, "write schema: 1"),
     ("schema: true" + INT8, 2, "write schema: 1"),
@@ -803,6 +819,66 @@ def test_examples_of_the_page(text, said, tmp_path, monkeypatch):
 
 def test_the_page_names_everything():
     names = [*PRESETS, *formats.names(), *_recipe.OPS, *_recipe.GRANULARITIES]
-    for model in (Recipe, _recipe.Rule, _recipe.Match, _recipe.ShapeMatch, TensorSpec):
+    models = (_recipe.OperandSpec, _recipe.AttentionSpec)
+    for model in (Recipe, _recipe.Rule, _recipe.Match, _recipe.ShapeMatch, TensorSpec, *models):
         names += _recipe._keys(model)
     assert [name for name in names if f"`{name}" not in PAGE] == []
+
+
+# --- attention
+
+
+def test_operands_of_kv_cache_and_attention():
+    recipe = load_recipe({"kv_cache": {"format": "nvfp4", "rotate": True}, "attention": {"q": "fp8", "p": "fp8"}})
+    told = {role: (s.format, s.granularity, s.scaling, s.rotate) for role, s in recipe.operands.items()}
+    assert told == {
+        "q": ("fp8", "tensor", "static", False), "k": ("nvfp4", "block", "static", True),
+        "v": ("nvfp4", "block", "static", False), "p": ("fp8", "tensor", "static", False),
+    }  # fmt: skip
+    assert list(told) == ["q", "k", "v", "p"]
+    assert load_recipe({"kv_cache": "mxfp8"}).operands["k"].scaling == "dynamic"
+    assert (
+        load_recipe({"kv_cache": "fp8", "attention": {"k": "fp8"}}).operands
+        == load_recipe({"kv_cache": "fp8"}).operands
+    )
+
+
+def test_own_operands_come_before_extended_ones(tmp_path):
+    written(tmp_path, "attention: {k: {format: int8, granularity: token}}\nextends: [defaults/mha_fp8]\n")
+    recipe = load_recipe(tmp_path / "my.yaml")
+    assert {r: s.format for r, s in recipe.operands.items()} == {"q": "fp8", "k": "int8", "v": "fp8", "p": "fp8"}
+    assert recipe.operands["k"].where.endswith("my.yaml:1 attention.k")
+    assert recipe.operands["v"].where == "defaults/mha_fp8.yaml:5 attention.v"
+    assert load_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # FP8_KV, its *_cast YAML, FP8_AFFINE_KV, NVFP4_KV, its *_cast YAML, NVFP4_AFFINE_KV, NVFP4_KV_ROTATE
+        ("kv_fp8", ("fp8", "static", False, False)),
+        ("kv_fp8_cast", ("fp8", "cast", False, False)),
+        ("kv_fp8_affine", ("fp8", "static", True, False)),
+        ("kv_nvfp4", ("nvfp4", "static", False, False)),
+        ("kv_nvfp4_cast", ("nvfp4", "cast", False, False)),
+        ("kv_nvfp4_affine", ("nvfp4", "static", True, False)),
+        ("kv_nvfp4_rotate", ("nvfp4", "static", False, True)),
+    ],
+)
+def test_parts_for_caches(name, expected):
+    recipe = load_recipe(f"defaults/{name}")
+    k, v = (recipe.operands[role] for role in "kv")
+    assert (k.format, k.scaling, k.affine, k.rotate) == expected
+    assert (v.format, v.scaling, v.affine, v.rotate) == (*expected[:3], False)
+    assert recipe.rules == () and list(recipe.operands) == ["k", "v"]
+
+
+@pytest.mark.parametrize(("name", "weights", "operands"), [
+    ("fp8_kv_fp8", "fp8", "kv"), ("nvfp4_kv_fp8", "nvfp4", "kv"), ("nvfp4_fp8_mha", "nvfp4", "qkvp"),
+])  # fmt: skip
+def test_presets_with_attention(name, weights, operands):
+    recipe, plain = load_recipe(name), load_recipe(weights)
+    assert [rule.to_dict() for rule in recipe.rules] == [rule.to_dict() for rule in plain.rules]
+    assert "".join(recipe.operands) == operands
+    assert {spec.format for spec in recipe.operands.values()} == {"fp8"}
+    assert recipe.fingerprint != plain.fingerprint

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jqopt import _plan
+from jqopt import _attention_ops, _plan
 from jqopt._apply import check_params
 from jqopt._plan import Plan
 from jqopt.errors import CheckpointError, JqoptError, PlanError, UnsupportedError
@@ -165,6 +166,28 @@ class Checkpoint:
             name: _manifest.tensor_from(name, self.manifest.tensors[name], {f: arrays[n] for f, n in of.items()})
             for name, of in fields.items()
         }
+
+    def attention(self, verify: bool = True) -> dict[str, dict[str, Any]]:
+        """{attention: {name: array}}: the scales and biases of attention's operands, on no device in particular.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        leaves = self.manifest.attention_leaves()
+        described = {leaf: self.manifest.leaves[leaf] for leaf in leaves.values()}
+        arrays = self._read({n: np.broadcast_to(np.zeros((), _dtype(n, d)), d.shape) for n, d in described.items()})
+        out: dict[str, dict[str, Any]] = {}
+        for (key, field), leaf in leaves.items():
+            _check(leaf, described[leaf], arrays[leaf], verify)
+            out.setdefault(key, {})[field] = jnp.asarray(arrays[leaf])
+        return out
+
+    def check_attention(self, plan: Plan, scales: Mapping[str, Any]) -> None:
+        """The scales must be the plan's."""
+        try:
+            _attention_ops.check_scales(plan.attention, scales)
+        except PlanError as e:
+            raise CheckpointError(f"{self.directory}: plan and scales of attention don't belong together: {e}") from e
 
     def _read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The stored arrays, and empty ones for those without bytes."""

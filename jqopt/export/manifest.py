@@ -21,8 +21,14 @@ from jqopt.export.inputs import Inputs, is_key
 from jqopt.export.tree import Checked, Node
 from jqopt.formats import Format
 
-SCHEMA = 1
-"""The version of this file format. It rises with every change that an older jqopt would misread."""
+SCHEMA = 2
+"""The version of this file format. It rises with every change that an older jqopt would misread.
+
+2: `attention`, the scales of attention's operands. A checkpoint without them is still written as 1.
+"""
+
+ATTENTION = "attention_scales"
+"""The stored arrays of `Manifest.attention` stand below this name: `attention_scales/layers_0/attn/k_scale`."""
 
 CODES = 1
 """The version of how codes and scales are packed into bytes."""
@@ -97,6 +103,7 @@ class Manifest(Checked):
     tensors: dict[str, Tensor]
     leaves: dict[str, Leaf]
     inputs: Inputs | None = None
+    attention: dict[str, list[str]] = pydantic.Field(default_factory=dict)  # {attention: its scales, biases}
     source: dict[str, Any] | None = None  # where the model came from, in the words of whoever saved it
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,9 +116,18 @@ class Manifest(Checked):
         packing = self.tensors[name].packing
         return {"": name} if packing is None else {field: f"{name}/{field}" for field in packing.leaves}
 
+    def attention_leaves(self) -> dict[tuple[str, str], str]:
+        """{(attention, name): name of the stored array}."""
+        return {(k, f): "/".join(attention_parts(k, f)) for k, fields in self.attention.items() for f in fields}
+
     def path_of(self, name: str) -> str:
         """The tensor's parameter path; for other state its name."""
         return self.tensors[name].parameter or name
+
+
+def attention_parts(key: str, field: str) -> tuple[str, ...]:
+    """Where a scale of an attention is stored."""
+    return (ATTENTION, *key.split("/"), field)
 
 
 def signature(data: Mapping[str, Any]) -> str:
@@ -158,6 +174,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
     if odd := sorted((placed - set(manifest.tensors)) | lost):
         raise CheckpointError(f"{where}: {odd[0]}: the manifest's tree and its list of tensors differ.")
     wanted = {leaf for name in manifest.tensors for leaf in manifest.leaves_of(name).values()}
+    wanted |= set(manifest.attention_leaves().values())
     if wanted != set(manifest.leaves):
         odd = sorted(wanted ^ set(manifest.leaves))[0]
         raise CheckpointError(f"{where}: {odd}: the manifest's lists of tensors and of leaves differ.")

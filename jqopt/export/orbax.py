@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jqopt import _plan
@@ -53,12 +54,15 @@ def save(
     tree, leaves = describe(qm.params, prefix)
     paths = _paths(qm, prefix)
     stored = {parts: _manifest.arrays_of("/".join(parts), leaf) for parts, leaf in leaves.items()}
+    scales = {k: {f: np.asarray(x) for f, x in found.items()} for k, found in qm.quant.attention.items()}
+    stored |= {(*_manifest.attention_parts(k, f),): {"": x} for k, found in scales.items() for f, x in found.items()}
     check_unique(parts for parts, _ in _each(stored))
     manifest = Manifest(
-        schema=_manifest.SCHEMA, writer=_manifest.writer(), kind=kind, model=qm.plan.function.name,
+        schema=_manifest.SCHEMA if scales else 1, writer=_manifest.writer(), kind=kind, model=qm.plan.function.name,
         plan=_plan.to_dict(qm.plan), tree=tree,
         tensors={"/".join(p): _manifest.tensor_of("/".join(p), x, paths[p]) for p, x in leaves.items()},
         leaves={"/".join(p): _leaf("/".join(p), x) for p, x in _each(stored)},
+        attention={k: sorted(found) for k, found in scales.items()},
         inputs=inputs_of(getattr(qm, "inputs", None)), source=None if source is None else dict(source),
     )  # fmt: skip
     _write(target, _nested(_each(stored)), manifest.to_dict(), files or {})

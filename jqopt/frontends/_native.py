@@ -194,6 +194,21 @@ def unsliceable(path: str, layout: Layout) -> str:
     )
 
 
+def no_attention(plan: Plan, native: str) -> None:
+    """Refuses plans that quantize attention's operands: native layers run on packed weights only.
+
+    Raises:
+        UnsupportedError: naming the first attention.
+    """
+    if plan.attention:
+        d = plan.attention[0]
+        raise UnsupportedError(
+            f"{d.key}: recipe {plan.recipe.name!r} quantizes {d.role} of this attention (kv_cache, attention), and "
+            f"{native} runs the model's own attention, which nothing quantizes. Use `qm(...)` or `jqopt.apply(plan)`, "
+            "or a recipe without kv_cache and attention; jqopt.kv_cache holds packed keys and values in your own loop."
+        )
+
+
 def used_raw(path: str, format: str, owner: str, instead: str) -> str:
     """Why a packed weight that the user's code reads itself can't be handled."""
     return f"{path}: {owner} reads this weight itself, and it is packed ({format}). Either {INSTEAD}, or {instead}."

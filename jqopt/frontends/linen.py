@@ -98,11 +98,13 @@ def intercept(qm: Any, *, modules: Sequence[type[nn.Module]] = (), simulate: boo
         simulate: float32 quantize-dequantize arithmetic instead of packed kernels.
 
     Raises:
-        UnsupportedError: qm isn't a Linen model; or, when the model runs: a packed weight is read by a module that is
-            neither Flax's nor in `modules`, or a lifted scan or vmap can't slice it. The message names the parameter.
+        UnsupportedError: qm isn't a Linen model, or its recipe quantizes attention's operands; or, when the model
+            runs: a packed weight is read by a module that is neither Flax's nor in `modules`, or a lifted scan or vmap
+            can't slice it. The message names the parameter.
         PlanError: the variables aren't those of qm (at the end of the block, if all of them are float); or the model
             uses a packed weight in a way that the plan doesn't know.
     """
+    _native.no_attention(qm.plan, "jqopt.linen.intercept")
     function = qm.plan.function
     if function is not None and function.kind != "linen":
         raise UnsupportedError(

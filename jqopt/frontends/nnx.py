@@ -152,11 +152,13 @@ def quantize(model: nnx.Module, qm: Any, *, simulate: bool = False) -> nnx.Modul
         simulate: float32 quantize-dequantize arithmetic instead of packed kernels.
 
     Raises:
-        UnsupportedError: qm isn't an NNX model; a packed weight belongs to a module that isn't one of Flax's layers
-            (the message names it); or its layers aren't stacked along axis 0.
+        UnsupportedError: qm isn't an NNX model, or its recipe quantizes attention's operands; a packed weight belongs
+            to a module that isn't one of Flax's layers (the message names it); or its layers aren't stacked along
+            axis 0.
         PlanError: model and qm differ in their parameters or state.
     """
     plan, tree = qm.plan, qm.params
+    _native.no_attention(plan, "jqopt.nnx.quantize")
     if not (isinstance(tree, Mapping) and set(tree) == {"params", "state"}):
         raise UnsupportedError(
             f"jqopt.nnx.quantize needs an NNX model's qm; this one is of {getattr(plan.function, 'name', 'another')}. "

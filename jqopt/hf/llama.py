@@ -145,9 +145,13 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return (1 - blend) * slow + blend * frequencies
 
 
-def rotate(x: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """Rotary positions 0, 1, ... applied to x [batch, tokens, heads, head_dim]; the same dtype comes out."""
-    positions = np.arange(x.shape[1], dtype=np.float32)
+def rotate(x: jax.Array, frequencies: np.ndarray, start: jax.Array | None = None) -> jax.Array:
+    """Rotary positions 0, 1, ... applied to x [batch, tokens, heads, head_dim]; the same dtype comes out.
+
+    `start`, int []: the first token's position, where it isn't 0.
+    """
+    positions: Any = np.arange(x.shape[1], dtype=np.float32)
+    positions = positions if start is None else positions + start.astype(jnp.float32)
     angles = jnp.asarray(positions[:, None] * frequencies)[None, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -100,6 +100,19 @@ def test_qlora(tmp_path):
 
 
 @pytest.mark.slow
+def test_quantized_kv_cache(tmp_path):
+    text = output_of("quantized_kv_cache.py", folder=tmp_path)
+    rows = re.findall(r"(fp8 cast|nvfp4 static) +([\d,]+) bytes, ([\d.]+)% of bfloat16; .* agrees on ([\d.]+)%", text)
+    # 4 layers, keys and values of 8 sequences x 128 positions x 2 heads x 64: a byte each and two scales a layer; half
+    # a byte and a scale's byte in 16
+    values = 4 * 2 * 8 * 128 * 2 * 64
+    scales = 4 * 2 * 4
+    assert [int(row[1].replace(",", "")) for row in rows] == [values + scales, values // 2 + values // 16 + scales]
+    assert [float(row[2]) for row in rows] == [50.0, 28.1]
+    assert float(rows[0][3]) > 95 and float(rows[1][3]) > 90
+
+
+@pytest.mark.slow
 def test_the_demo(tmp_path):
     text = output_of("tinylm/demo.py", "--windows", "8", folder=tmp_path)
     assert "the same 1,048,576 logits" in text

@@ -457,7 +457,7 @@ def packing(data):
         (lambda m: m["leaves"].update(x=m["leaves"][DATA]), "x: the manifest's lists"),
         (lambda m: m["leaves"][DATA].update(sha256=3), "leaves.params/layer_0/kernel/data.sha256: .*string"),
         (lambda m: m.update(more=1), "more: .*found 1"),
-        (lambda m: m.update(schema=2), "has schema 2.*reads is 1. Upgrade"),
+        (lambda m: m.update(schema=3), "has schema 3.*reads is 2. Upgrade"),
         (lambda m: m.update(schema="1"), "no jqopt manifest"),
         (lambda m: packing(m).update(codes=2), "params/layer_0/kernel: packing version 2 is newer"),
         (lambda m: packing(m).update(format="nvfp5"), "params/layer_0/kernel: .*unknown format 'nvfp5'"),
