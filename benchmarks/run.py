@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import costs, kernels_cpu
+from benchmarks import algorithms, costs, kernels_cpu
 
 
 def main() -> None:
-    """Costs of the verbs first, then the kernels."""
+    """Costs of the verbs first, then the kernels, then the algorithms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     flags = ["--quick"] if parser.parse_args().quick else []
     costs.main(flags)
     print()
     kernels_cpu.main(flags)
+    print()
+    algorithms.main(flags)
 
 
 if __name__ == "__main__":

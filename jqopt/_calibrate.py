@@ -73,6 +73,22 @@ def passes(plan: Plan, memory: int | None = None, units: Iterable[Unit] | None =
     return out
 
 
+def described(plan: Plan, memory: int | None = None) -> str:
+    """How the statistics are gathered, in words: how many passes over the data, and how much they hold.
+
+    Raises:
+        CalibrationError: as `passes` does.
+    """
+    if not plan.needs_batches:
+        return "needs no data"
+    rounds = passes(plan, memory)
+    whole, most = (f(sum(map(nbytes, units)) for units in rounds or [()]) for f in (sum, max))
+    if plan.recipe.layerwise:
+        return "layer by layer, in one run through the model, after the scales of inputs"
+    held = "" if len(rounds) < 2 else f", at most {most:,} at a time"
+    return f"{max(len(rounds), 1)} pass{'es' * (len(rounds) > 1)} over the data; statistics of {whole:,} bytes{held}"
+
+
 class Observer(Sited):
     """The observing rule: at each site, update the statistics of its activation, then run the op as it stands."""
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import jqopt
+from jqopt import _calibrate
 from jqopt._calibrate import as_call
 from jqopt._cli_data import Data, random_batches
 from jqopt._cli_models import RANDOM, Loaded
@@ -46,7 +47,7 @@ class Done(NamedTuple):
     calibration: str
 
 
-def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> Done:
+def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None, memory: int | None = None) -> Done:
     """Plans on shapes; only then the weights of a Hugging Face folder are read, and freed as they are packed.
 
     The report has the errors of weights for other models only: `jqopt report` gives them.
@@ -58,14 +59,19 @@ def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None) -> Do
     plan = jqopt.plan(recipe, loaded.trace(example))
     feed = _needed(plan, feed)
     loaded = loaded.with_weights()
-    tree, stats = loaded.tree, None
-    if feed is not None:
+    tree, stats, done = loaded.tree, None, list[str]()
+    several = feed is not None and (bool(plan.recipe.layerwise) or len(_calibrate.passes(plan, memory)) > 1)
+    if several:
+        note(f"calibration: {_calibrate.described(plan, memory)}")
+    if feed is not None and not several:
         with bar("calibrate", feed.count) as step:
             stats = jqopt.calibrate(plan, tree, feed.batches, progress=step, **loaded.options)
-    done: list[str] = []
     with bar("quantize", len(plan.quantized)) as step:
         donate = loaded.folder is not None  # what was read from a folder belongs to nobody else
-        quant = jqopt.quantize(plan, tree, stats, donate=donate, progress=lambda p: step(done.append(p) or len(done)))
+        quant = jqopt.quantize(
+            plan, tree, stats, batches=feed.batches if several and feed is not None else None, memory=memory,
+            donate=donate, progress=lambda p: step(done.append(p) or len(done)), **(loaded.options if several else {}),
+        )  # fmt: skip
     inputs = jax.tree.map(_shape, as_call(example, loaded.options))
     qm = QuantizedModel(loaded.model, plan, quant, inputs)
     return Done(qm, qm.report(None if donate else tree), "" if feed is None else feed.origin)

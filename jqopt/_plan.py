@@ -489,7 +489,7 @@ def _grouped(graph: Graph, decisions: list[Decision]) -> list[Decision]:
     out = []
     for site, d in zip(graph.sites, decisions, strict=True):
         if d.weight is not None and site.activation >= 0:
-            read = (site.activation, site.contracted, site.input_shape, site.input_axes)
+            read = (site.activation, site.branch, site.contracted, site.input_shape, site.input_axes)
             same = (*read, d.op, d.weight, d.input, d.algorithm, d.outer)
             d = dataclasses.replace(d, group=lead.setdefault(same, d.key))
         out.append(d)

@@ -60,6 +60,7 @@ class Site:
     activation: int = -1  # sites with the same number read the same activation
     input_shape: tuple[int, ...] = ()
     input_axes: tuple[int, ...] = ()  # those of the activation that are contracted
+    branch: Address = ()  # of the innermost cond around it, which its data may never take
     used_by: frozenset[str] = frozenset()  # every op that reads the parameter anywhere
     scope: str = ""
     reason: str | None = None  # why this site can't be quantized, if it can't
@@ -283,6 +284,7 @@ class _Walk:
         self.opaque: list[Opaque] = []
         self.ids = itertools.count()
         self.pairs = itertools.count(1)
+        self.branch: Address = ()
 
     def fresh(self) -> Act:
         return Act(next(self.ids))
@@ -400,7 +402,11 @@ class _Walk:
 
     def _cond(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
         branches = eqn.params["branches"]
-        outs = [self.run(b, ins[1:], (*address, i), scope) for i, b in enumerate(branches)]
+        outs, around = [], self.branch
+        for i, b in enumerate(branches):
+            self.branch = (*address, i)
+            outs.append(self.run(b, ins[1:], (*address, i), scope))
+        self.branch = around
         return [self._meet(values) for values in zip(*outs, strict=True)]
 
     def _meet(self, values: Sequence) -> Any:
@@ -462,7 +468,7 @@ class _Walk:
     ) -> Site:
         path = sorted(params_of(value))[0]
         owner, _, _ = path.rpartition("/")
-        base = Site(path, op, address, path, operand=weight, module_path=owner, scope=scope)
+        base = Site(path, op, address, path, operand=weight, module_path=owner, scope=scope, branch=self.branch)
         base = dataclasses.replace(base, module=self.modules.get(owner))
         if isinstance(value, Derived):
             names = ", ".join(sorted(value.params))

@@ -37,6 +37,15 @@ def _model(text: str) -> str:
     raise typer.BadParameter(f"{text!r} is neither a folder nor of the form package.module:function")
 
 
+def _size(text: str) -> int:
+    """Bytes, from `2GB`, `500 MB` or a plain number."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is no size; write a number of bytes, or 500MB, 2GB, 1.5GiB")
+    step = 1024 if found[3] else 1000
+    return int(float(found[1]) * step ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
+
+
 def _shapes(texts: list[str]) -> list[str]:
     from jqopt._cli_models import inputs_of
 
@@ -80,6 +89,10 @@ DataFile = Annotated[
 ]
 Length = Annotated[int, typer.Option("--seq", min=1, help="Tokens in a window, where the data are one long text.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples in a batch.")]
+Memory = Annotated[
+    int | None,
+    typer.Option("--memory", metavar="SIZE", parser=_size, help="Most memory of calibration statistics, such as 2GB."),
+]
 Vocab = Annotated[int | None, typer.Option("--vocab", min=1, help="Number of token ids, if the model can't say.")]
 OtherModel = Annotated[
     str | None,
@@ -193,19 +206,21 @@ def plan(
     batch: Batch = 8,
     scan_layers: Scan = False,
     dtype: Dtype = DtypeName.FLOAT32,
+    memory: Memory = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
     """What a recipe would do to each site of a model, and by which rule. Nothing runs, no weight is read."""
     import jqopt
-    from jqopt import _plan
+    from jqopt import _calibrate, _plan
     from jqopt._cli_models import load
 
     rules = jqopt.load_recipe(recipe)
     loaded = load(model, scan_layers=scan_layers, dtype=dtype.value, weights=False)
     graph = loaded.trace(loaded.example(inputs or [], loaded.read(data, seq, batch)))
     made = jqopt.plan(rules, graph)
-    return Shown(_plan.to_dict(made), str(made))
+    passes = _calibrate.described(made, memory)
+    return Shown({**_plan.to_dict(made), "calibration": passes}, f"{made}\ncalibration: {passes}")
 
 
 # ---------------------------------------------------------------------------------------------------- quantize
@@ -227,6 +242,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")] = False,
     scan_layers: Scan = False,
     dtype: Dtype = DtypeName.FLOAT32,
+    memory: Memory = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -247,7 +263,7 @@ def quantize(
     if random:
         note(LOUD)
         feed = work.random_feed(loaded, example, vocab, (batch, seq), batches)
-    done = work.quantize(loaded, rules, example, feed)
+    done = work.quantize(loaded, rules, example, feed, memory)
     save(out, done.model, overwrite=overwrite, source=remembered(loaded, done.calibration), files=kept_files(loaded))
     facts = {"out": str(out), "model": model, "calibration": done.calibration, "report": done.report.to_dict()}
     return Shown(facts, f"{done.report.summary}\nsaved to {out}")

@@ -9,11 +9,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import jqopt
-from jqopt import _cli_models
+from jqopt import _cli_models, cli
 from jqopt.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -547,3 +548,16 @@ def test_help_touches_no_device():
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "no_such_platform"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8), ("7", 7)]
+)
+def test_sizes(text, bytes_):
+    assert cli._size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2 gigabytes"])
+def test_what_is_no_size(text):
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        cli._size(text)

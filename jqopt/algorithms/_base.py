@@ -263,5 +263,5 @@ def input_qdq(task: Task, x: Array, amax: Array) -> Array:
 
 
 def rank_at(rank: int, n: int, k: int) -> int:
-    """The rank of a low-rank part of a weight [n, k]: more than a sixteenth of its sides would cost too many bits."""
-    return min(rank, n // 16, k // 16)
+    """The rank of a low-rank part of a weight [n, k]: more than a sixteenth of k would cost too many bits."""
+    return min(rank, n, k // 16)

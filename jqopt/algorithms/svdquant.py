@@ -18,7 +18,7 @@ def svdquant(rank: int = 32, weighted: bool = True) -> Algorithm:
     """W = R + B A, A [r, k] and B [n, r] in bfloat16; R is quantized. The branch is charged in the plan's bits.
 
     Args:
-        rank: r, at most k / 16 and n / 16 of each weight.
+        rank: r, at most k / 16 and n of each weight.
         weighted: take out what matters most for the outputs, the first singular vectors of W H^1/2 with H the inputs'
             second moments, rather than of W.
 

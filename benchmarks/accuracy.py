@@ -1,0 +1,150 @@
+"""KL divergence of recipes to the float model on a trained language model, as it is and with outlier channels.
+
+128 windows of 256 tokens of WikiText-2 test, calibrated on 64 windows of train: `python -m benchmarks.accuracy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jqopt
+from jqopt import transforms
+from jqopt.hf import load_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WINDOWS, LENGTH, BATCH = 128, 256, 8
+FACTORS = (8.0, 16.0, 32.0, 64.0)
+
+W4 = "int4_block_weight_only"
+ROWS: dict[str, Any] = {
+    "int8 static": "int8",
+    "int8_smoothquant": "int8_smoothquant",
+    "int4 max": W4,
+    "int4 mse": {"extends": [W4], "algorithm": "mse"},
+    "int4 hqq": {"extends": [W4], "algorithm": "hqq"},
+    "int4 local_hessian": {"extends": [W4], "algorithm": "local_hessian"},
+    "int4 lsq": {"extends": [W4], "algorithm": "lsq"},
+    "int4_awq": "int4_awq",
+    "int4 awq_full": {"extends": [W4], "algorithm": "awq_full"},
+    "int4_gptq": "int4_gptq",
+    "int4_best": "int4_best",
+    "nvfp4 weights, max": "nvfp4_weight_only",
+    "nvfp4 weights, gptq": {"extends": ["nvfp4_weight_only"], "algorithm": "gptq"},
+    "nvfp4_weight_only_best": "nvfp4_weight_only_best",
+    "nvfp4": "nvfp4",
+    "nvfp4_mse": "nvfp4_mse",
+    "nvfp4_local_hessian": "nvfp4_local_hessian",
+    "nvfp4_four_over_six": "nvfp4_four_over_six",
+    "nvfp4_awq": "nvfp4_awq",
+    "nvfp4_gptq": "nvfp4_gptq",
+    "nvfp4_best": "nvfp4_best",
+    "nvfp4_svdquant": "nvfp4_svdquant",
+    "mxfp4": "mxfp4",
+    "mxfp4_mr_gptq": "mxfp4_mr_gptq",
+    "w4a8_awq": "w4a8_awq",
+}
+
+
+@functools.cache
+def model() -> tuple[Any, Any, np.ndarray]:
+    """(model, variables, test windows [WINDOWS, LENGTH])"""
+    found, variables = load_model(ROOT / "tests/golden/tinylm_reference")
+    tokens = np.load(ROOT / "examples/tinylm/test_tokens.npy").astype(np.int32)
+    return found, variables, tokens[: WINDOWS * LENGTH].reshape(WINDOWS, LENGTH)
+
+
+def calibration() -> list[np.ndarray]:
+    """Four batches of 16 windows of the training text."""
+    tokens = np.load(ROOT / "examples/tinylm/calib_tokens.npy").astype(np.int32).reshape(-1)
+    windows = tokens[: 64 * LENGTH].reshape(64, LENGTH)
+    return [windows[i : i + 16] for i in range(0, 64, 16)]
+
+
+@jax.jit
+def divergence(reference: jax.Array, candidate: jax.Array) -> jax.Array:
+    """Sum over positions of KL(reference || candidate), from logits."""
+    p, q = jax.nn.log_softmax(reference, -1), jax.nn.log_softmax(candidate, -1)
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+@functools.cache
+def _reference() -> list[np.ndarray]:
+    found, variables, windows = model()
+    plain = jax.jit(found.apply)
+    return [np.asarray(plain(variables, windows[i : i + BATCH, :-1])) for i in range(0, WINDOWS, BATCH)]
+
+
+def measured(recipe: Any, variables: Any = None) -> float:
+    """KL x 1e3 to the float model, of its own weights or of others that compute the same."""
+    found, own, windows = model()
+    variables = own if variables is None else variables
+    qm = jqopt.quantize_model(found, recipe, params=variables, batches=calibration())
+    total = sum(
+        float(divergence(reference, qm(windows[i * BATCH : (i + 1) * BATCH, :-1])))
+        for i, reference in enumerate(_reference())
+    )
+    return 1e3 * total / (WINDOWS * (LENGTH - 1))
+
+
+def with_outliers(seed: int = 0, part: float = 0.02) -> Any:
+    """The model's variables with outlier channels, 2 % of them 8 to 64 times as large, that compute the same.
+
+    Powers of two: into norm gains and out of the weights that read them, into value rows and out of the output
+    projection, into up rows and out of the down projection.
+    """
+    found, variables, windows = model()
+    graph = jqopt.trace(found, variables, windows[:1, :-1])
+    for group, scale in _scales(graph, np.random.default_rng(seed), part):
+        variables = transforms.fold_scale(graph, group, scale)(variables)
+    return variables
+
+
+def _scales(graph: Any, rng: np.random.Generator, part: float) -> Iterator[tuple[str, np.ndarray]]:
+    """(group, what its input is divided by): the same channels of the residual stream in all layers."""
+
+    def vector(n: int) -> np.ndarray:
+        s = np.ones(n, np.float32)
+        chosen = rng.choice(n, max(1, round(part * n)), replace=False)
+        s[chosen] = rng.choice(FACTORS, len(chosen))
+        return s
+
+    def group(name: str) -> str:
+        return next(g.name for g in graph.groups if any(s.key == name for s in g))
+
+    layers = sorted({p.split("/self_attn")[0] for p in graph.parameters if "/self_attn" in p})
+    width, inner = graph.parameters[f"{layers[0]}/mlp/up_proj/kernel"].shape
+    heads, values = (graph.parameters[f"{layers[0]}/self_attn/{n}_proj/kernel"].shape for n in ("o", "v"))
+    attention, feed = vector(width), vector(width)
+    for layer in layers:
+        yield group(f"{layer}/self_attn/q_proj/kernel"), 1 / attention
+        yield group(f"{layer}/mlp/gate_proj/kernel"), 1 / feed
+        per_head = vector(values[-1]).reshape(-1, 64)
+        shared = heads[0] // values[-1]
+        yield group(f"{layer}/self_attn/o_proj/kernel"), 1 / np.repeat(per_head, shared, axis=0).reshape(-1)
+        yield group(f"{layer}/mlp/down_proj/kernel"), 1 / vector(inner)
+
+
+def main(flags: list[str] | None = None) -> None:
+    """The table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help=f"some of: {', '.join(ROWS)}")
+    parser.add_argument("--natural", action="store_true", help="without the model with outliers")
+    args = parser.parse_args(flags)
+    chosen: Mapping[str, Any] = {n: ROWS[n] for n in args.rows} or ROWS
+    outliers = None if args.natural else with_outliers()
+    print(f"{'recipe':<28}{'natural':>10}{'outliers':>10}   (KL x 1e3)")
+    for name, recipe in chosen.items():
+        other = "" if outliers is None else f"{measured(recipe, outliers):.2f}"
+        print(f"{name:<28}{measured(recipe):>10.2f}{other:>10}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
