@@ -333,6 +333,6 @@ def _moments(static: _Static, moments: dict, cross: Any, x: jax.Array, plain: An
     moments = {MOMENTS.name: MOMENTS.update(moments[MOMENTS.name], seen)}
     if cross is not None and plain is not None:
         there = prepared_rows(rows_of(plain, axes), rotation, pre)
-        more = jax.lax.dot_general(there - rows, rows, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+        more = jax.lax.dot_general(there - seen, seen, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
         cross = cross + more
     return moments, cross

@@ -463,6 +463,7 @@ def _static(plan: Plan, unit: Unit, powers: bool = False) -> tuple[tuple[Layout,
     problem = Problem(
         d.format, d.granularity, None if spec is None else InputQuantizer(*spec),
         tuple(together[x.fused or x.key] for x in decisions), powers,
+        any(a.stage in ("range", "rounding") and a.name != "max" for a in solver(d.algorithm, plan.algorithms).parts),
     )  # fmt: skip
     return tuple(_layout(x) for x in decisions), problem, None if unit.calibrator is None else unit.calibrator.amax
 

@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     input: InputQuantizer | None = None
     fused: tuple[int, ...] = (0,)
     powers: bool = False
+    searched: bool = False  # does a later step search the weights' scales, so that trials of rounding should too?
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ from jqopt.algorithms import _statistics
 from jqopt.algorithms._base import Algorithm, Task, chain, qdq, scaled, tied
 from jqopt.algorithms._statistics import channel_mean, moments
 from jqopt.algorithms.smoothquant import LEAST, MOST, best_scale, check_grid
-from jqopt.algorithms.weight_ranges import awq_clip
+from jqopt.algorithms.weight_ranges import awq_clip, tried
 from jqopt.errors import PlanError
 
 OBJECTIVES = ("weights", "outputs")
@@ -86,7 +86,7 @@ def weight_losses(task: Task, candidates: Array) -> Array:
     h = moments(task)
 
     def loss(pre: Array) -> Array:
-        trial = scaled(task, pre)
+        trial = tried(scaled(task, pre))
         total = jnp.float32(0)
         for i, w in enumerate(task.weights):
             d = qdq(trial, i) * pre - w

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jqopt.algorithms import _statistics
 from jqopt.algorithms._base import Algorithm, Task, input_qdq, qdq, scaled, tied
 from jqopt.algorithms._statistics import channel_amax, sample
+from jqopt.algorithms.weight_ranges import tried
 from jqopt.errors import PlanError
 
 LEAST, MOST = 1e-4, 1e4  # of a scale
@@ -74,7 +75,7 @@ def best_scale(task: Task, candidates: Array) -> Array:
     largest = channel_amax(task)
 
     def error(scale: Array) -> Array:
-        trial = scaled(task, scale)
+        trial = tried(scaled(task, scale))
         seen = input_qdq(task, x * scale, jnp.max(largest * scale)) * there
         got = [jnp.einsum("tk,enk->etn", seen, qdq(trial, i)) for i in range(len(task.weights))]
         return sum((jnp.sum(jnp.square(g - w)) for g, w in zip(got, wanted, strict=True)), jnp.float32(0))

@@ -94,6 +94,15 @@ def _only_two_levels(problem: Problem, n: int, k: int) -> str:
     return "" if problem.format.global_scale else f"it is for nvfp4, not {problem.format.name}"
 
 
+def tried(task: Task) -> Task:
+    """The task as a trial of rounding should see it: scales from a few factors, if a later step will search them."""
+    if not task.problem.searched:
+        return task
+    few = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7]
+    more = [1.25, 1.5] if task.problem.format.element.kind == "float" else []
+    return searched(task, np.asarray([*few, *more], np.float32), _squared)
+
+
 def searched(task: Task, candidates: np.ndarray, error: _Error) -> Task:
     """The task with the candidate (a factor of its largest absolute value; ties keep the earlier) of least error."""
     p = task.problem
