@@ -27,7 +27,7 @@ run = jqopt.apply(plan)  # pure: jit, grad, vmap or shard it
 
 print(graph)
 print(plan)
-print("largest activation of each layer:", stats["layers"].amax)
+print("largest activation of each layer:", stats["layers"]["amax"].amax)
 print("the layers, packed:", quant.params["layers"])
 y, expected = run(quant, batches[0]), model(params, batches[0])
 print(f"relative error of the outputs: {jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected):.1%}")

@@ -373,9 +373,9 @@ def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scal
 def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
     """Of the scales that the format's ranges give, each block's with the least squared error; the first of equals."""
     each = [_two_level_scales(lax.mul(amax, np.float32(f)), global_scale, format) for f in format.ranges]
-    raw, divisor, least = each[0].raw, each[0].raw, jnp.full_like(amax, jnp.inf)
+    raw, divisor, least = each[0].raw, _divisor(each[0]), jnp.full_like(amax, jnp.inf)
     for found in each:
-        factor = lax.mul(found.raw, _per_matrix(global_scale_of(found), amax))
+        factor = _divisor(found)
         wrong = lax.sub(
             lax.mul(round_to(divide(tiles, _met(factor, tiles)), format.element), _met(factor, tiles)), tiles
         )
@@ -386,10 +386,9 @@ def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) 
     return _Scales(raw, divisor, each[0].global_scale)
 
 
-def global_scale_of(scales: _Scales) -> Array:
-    """The global scale of scales that have one."""
-    assert scales.global_scale is not None
-    return scales.global_scale
+def _divisor(scales: _Scales) -> Array:
+    assert scales.divisor is not None
+    return scales.divisor
 
 
 def _per_matrix(x: Array, tiles: Array) -> Array:

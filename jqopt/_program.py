@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,8 +114,19 @@ class Piece:
     @property
     def key(self) -> str:
         """The same text for pieces that compute the same of their operands: equal layers are compiled once."""
-        jaxpr = jex_core.Jaxpr([], [*self.weights, *self.reads], self.gives, self.eqns)
-        return str(jaxpr)
+        names: dict[Any, int] = {}
+
+        def name(v: Any) -> str:
+            if isinstance(v, jex_core.Literal):
+                return f"{v.val}:{v.aval}"
+            return f"v{names.setdefault(v, len(names))}:{v.aval}"
+
+        lines = [" ".join(map(name, (*self.weights, *self.reads)))]
+        for eqn in self.eqns:
+            params = re.sub(r" at 0x[0-9a-f]+", "", str(sorted(eqn.params.items(), key=lambda p: p[0])))
+            outs, ins = (" ".join(map(name, vs)) for vs in (eqn.outvars, eqn.invars))
+            lines.append(f"{outs} = {eqn.primitive.name}[{params}] {ins}")
+        return "\n".join([*lines, " ".join(map(name, self.gives)), str(sorted(self.sites))])
 
     def run(self, weights: Sequence[Any], reads: Sequence[Any], hook: Hook) -> list[Any]:
         """What the piece gives; `hook` may compute the equations at its sites, which it gets in order."""

@@ -76,6 +76,11 @@ def quantize(
     leaves = [leaf for _, leaf in flat]
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
+    if plan.recipe.layerwise and plan.needs_data and batches is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name!r} says `layerwise: true`: statistics are of what quantized layers give, so "
+            "jqopt.quantize gathers them itself; write jqopt.quantize(plan, params, batches=batches)"
+        )
     _check_input(plan, found, stats, batches)
     work, done = _Work(plan, found), []
     if plan.recipe.layerwise and plan.needs_data:
@@ -116,11 +121,6 @@ def _layer_by_layer(
     plan: Plan, params: Any, work: _Work, batches: Any, memory: int | None, progress: Callable | None, kwargs: dict
 ) -> Quantized:
     """First the scales of inputs, from the float model; then layer after layer; then what stands in no layer."""
-    if batches is None:
-        raise CalibrationError(
-            f"recipe {plan.recipe.name!r} says `layerwise: true`: statistics are of what quantized layers give, so "
-            "jqopt.quantize gathers them itself; write jqopt.quantize(plan, params, batches=batches)"
-        )
     batches = list(batches) if iter(batches) is batches else batches
     scaling = [dataclasses.replace(u, algorithm=u.scaling) for u in plan.units if u.scaling is not None]
     kept: dict[str, jax.Array] = {}

@@ -329,7 +329,7 @@ def _match_input(value: object) -> object:
 
 
 def _spec_input(value: object) -> object:
-    if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(v, str) for v in value):
         return _sequence([str(v) for v in value])
     if isinstance(value, TensorSpec) or (isinstance(value, Mapping) and "format" in value):
         return value
@@ -575,7 +575,9 @@ def _input_scaling(spec: TensorSpec) -> str:
     return spec.scaling or ("dynamic" if live else "static")
 
 
-_SpecInput = Annotated[TensorSpec, BeforeValidator(_spec_input, json_schema_input_type=_FormatName | TensorSpec)]
+_SpecInput = Annotated[
+    TensorSpec, BeforeValidator(_spec_input, json_schema_input_type=_FormatName | list[_FormatName] | TensorSpec)
+]
 
 
 class OperandSpec(_Model):

@@ -16,6 +16,8 @@ from jqopt import _hadamard
 from jqopt._apply import Quantized
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow  # whole models, compiled for each kind of quantizer
+
 HEADS, KV, D, C = 4, 2, 16, 24
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 

@@ -187,7 +187,21 @@ QUANTIZED = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "nvfp4_mlp_only"])
+PARTIAL = [
+    "mxfp4_mlp_weight_only", "nvfp4_experts_only", "nvfp4_mlp_only", "nvfp4_mlp_weight_only", "nvfp4_omlp_only",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_recipes_for_a_part_of_the_model_keep_the_sensitive_ones_too(name):
+    recipe = load_recipe(name)
+    assert "*" not in {glob for rule in recipe.rules if rule.weight for glob in rule.match.path}
+    for site in KEPT:
+        rule = recipe.rule_for(site)
+        assert rule is None or rule.keep, site
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in PARTIAL])
 def test_sensitive_parts_are_kept_and_only_those(name):
     recipe = load_recipe(name)
     for site in KEPT:

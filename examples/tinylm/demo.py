@@ -56,7 +56,7 @@ def demo(windows: np.ndarray) -> None:
     quant = jqopt.quantize(plan, variables, stats)
     run = jqopt.apply(plan)
     path = "layers/mlp/down_proj/kernel"
-    amax = ", ".join(f"{x:.1f}" for x in np.asarray(stats[path].amax))
+    amax = ", ".join(f"{x:.1f}" for x in np.asarray(stats[path]["amax"].amax))
     say(f"{path}: largest activation in layers 0 to 3: {amax}")
     say(f"{path}: now {quant.params['params']['layers']['mlp']['down_proj']['kernel']}")
 

@@ -76,6 +76,7 @@ def losses(text: str) -> list[float]:
     return [float(value) for value in re.findall(r"^step \d+: loss ([\d.]+)$", text, re.MULTILINE)]
 
 
+@pytest.mark.slow
 def test_qat_linen(tmp_path):
     """NVFP4 on text that training hasn't seen: 16 steps take a tenth off what PTQ lost, at least."""
     text = output_of("qat_linen.py", "16", folder=tmp_path, **ADAM)
@@ -84,6 +85,7 @@ def test_qat_linen(tmp_path):
     assert len(losses(text)) == 16 and losses(text)[0] == pytest.approx(before, rel=0.3)
 
 
+@pytest.mark.slow
 def test_qat_nnx(tmp_path):
     text = output_of("qat_nnx.py", "100", folder=tmp_path, **ADAM)
     before, after = before_and_after(text)
@@ -91,6 +93,7 @@ def test_qat_nnx(tmp_path):
     assert losses(text)[0] == pytest.approx(before, rel=0.2)
 
 
+@pytest.mark.slow
 def test_qlora(tmp_path):
     """From a text that looks like nothing to the model (chance is log 4096 = 8.3) towards one that can be read."""
     text = output_of("qlora.py", "16", folder=tmp_path, **ADAM)

@@ -14,6 +14,8 @@ from jqopt import train
 from jqopt.train import _straight
 from tests import zoo
 
+pytestmark = pytest.mark.slow  # whole models and their gradients, compiled for each format
+
 
 def rules(weight, activation=None, **more) -> dict:
     rule = {"match": "*", "weight": weight, **({"input": activation} if activation else {}), **more}

@@ -12,6 +12,8 @@ from flax import nnx
 import jqopt
 from jqopt import train
 
+pytestmark = pytest.mark.slow
+
 
 class Network(nnx.Module):
     def __init__(self, rngs):
