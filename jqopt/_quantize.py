@@ -458,7 +458,11 @@ def _static(plan: Plan, unit: Unit, powers: bool = False) -> tuple[tuple[Layout,
     """What a jitted solver must know of a unit: nothing by which equal layers would differ."""
     d = unit.decision
     decisions = [plan.quantized[p] for p in unit.paths]
-    together = {key: i for i, key in enumerate(dict.fromkeys(x.fused or x.key for x in decisions))}
+    own = [x.fused or x.key for x in decisions]
+    everywhere = [x.fused or x.key for x in plan.quantized.values()]
+    together = {
+        key: i if own.count(key) == everywhere.count(key) else -1 - i for i, key in enumerate(dict.fromkeys(own))
+    }
     spec = d.input_format
     problem = Problem(
         d.format, d.granularity, None if spec is None else InputQuantizer(*spec),

@@ -44,7 +44,8 @@ class InputQuantizer(NamedTuple):
 class Problem(NamedTuple):
     """What is fixed before any number is known.
 
-    `fused`: for each weight of the group, a number; weights with the same one share a tensor-level scale. `powers`:
+    `fused`: for each weight of the group, a number; weights with the same one share a tensor-level scale, those with a
+    negative one with weights of other groups. `powers`:
     must scales of the input be powers of two (they go into a parameter with too few digits for others)?
     """
 

@@ -36,8 +36,8 @@ def mse() -> Algorithm:
     """Scales that minimize the squared rounding error of each tile; the largest value's own is among the candidates.
 
     So the error is never larger than that of `max`. It needs no data: activations get the scales of `max`. Formats
-    with zero points keep the scales of `max`, since a tile's amax says too little of them, and so do tensor-level
-    scales, which several weights share.
+    with zero points keep the scales of `max`, since a tile's amax says too little of them. One scale for a tensor is
+    chosen for all the weights that share it.
 
     Source: the `mse` calibrator of ModelOpt, whose candidates leave out 1; for nvfp4 its sweep over e4m3 scales.
     """
@@ -106,8 +106,10 @@ def tried(task: Task) -> Task:
 def searched(task: Task, candidates: np.ndarray, error: _Error) -> Task:
     """The task with the candidate (a factor of its largest absolute value; ties keep the earlier) of least error."""
     p = task.problem
-    if p.format.zero_point or (p.granularity == "tensor" and not p.format.global_scale):
+    if p.format.zero_point:
         return task
+    if p.granularity == "tensor" and not p.format.global_scale:
+        return task.replace(amax=_tensor_level(task, candidates, error))
     return task.replace(tiles=tuple(_best(task, i, candidates, error) for i in range(len(task.weights))))
 
 
@@ -125,6 +127,28 @@ def _best(task: Task, i: int, candidates: np.ndarray, error: _Error) -> Array:
 
     (best, _), _ = lax.scan(candidate, (own, jnp.full_like(own, jnp.inf)), jnp.asarray(candidates))
     return best
+
+
+def _tensor_level(task: Task, candidates: np.ndarray, error: _Error) -> tuple[Array | None, ...]:
+    """The amax [e] of each weight's one scale: the best for all that share it; as it is where others share it too."""
+    out = list(task.amax)
+    for number in sorted({f for f in task.problem.fused if f >= 0}):
+        members = [i for i, f in enumerate(task.problem.fused) if f == number]
+        own = task.amax[members[0]]
+        if own is None or any(task.weights[i].shape[0] != own.shape[0] for i in members):
+            continue
+
+        def candidate(best: tuple[Array, Array], factor: Array, own=own, members=members) -> tuple:
+            amax = own * factor
+            found = [error(qdq(task, i, amax=amax) - task.weights[i], task.weights[i].shape[-2:]) for i in members]
+            wrong = functools.reduce(jnp.add, [f.reshape(own.shape) for f in found])
+            better = wrong < best[1]
+            return (jnp.where(better, amax, best[0]), jnp.where(better, wrong, best[1])), None
+
+        (best, _), _ = lax.scan(candidate, (own, jnp.full_like(own, jnp.inf)), jnp.asarray(candidates))
+        for i in members:
+            out[i] = best
+    return tuple(out)
 
 
 def _squared(d: Array, tile: tuple) -> Array:
