@@ -68,6 +68,15 @@ def _dual(task: Task, i: int, post: Array) -> Codes:
     return codes[1]._replace(data=codes[0].data)
 
 
+def _stored(task: Task, i: int, tile: Array) -> Array:
+    """The scale of each tile as it is stored [e, rows, cols], without the global one."""
+    p = task.problem
+    codes = _numerics.quantize_matrix(
+        task.weights[i], p.format, granularity=p.granularity, tensor_amax=task.amax[i], tile_amax=tile
+    )
+    return _numerics.decode_scale(codes.scale, p.format)
+
+
 def _learned(task: Task, i: int, h: Array, steps: int, rate: float, dual: bool) -> tuple[Array, Array]:
     """(the amax [e, rows, cols] that codes are made with, the one that they are multiplied by)"""
     w = task.weights[i]
@@ -82,7 +91,8 @@ def _learned(task: Task, i: int, h: Array, steps: int, rate: float, dual: bool) 
         """(rounded weight, its change with the logarithm of the first range, with that of the second)"""
         pre, post = jnp.exp(logs[0]), jnp.exp(logs[-1])
         q = qdq(task, i, tile=pre)
-        ratio = _numerics.from_tiles(jnp.broadcast_to(_numerics.spread(post / pre), split(w).shape), n, k)
+        times = _stored(task, i, post) / jnp.maximum(_stored(task, i, pre), jnp.float32(_numerics.TINY))
+        ratio = _numerics.from_tiles(jnp.broadcast_to(_numerics.spread(times), split(w).shape), n, k) if dual else 1.0
         inside = _numerics.from_tiles(split(jnp.abs(w)) <= _numerics.spread(pre), n, k)
         return q * ratio, -jnp.where(inside, w, 0) * ratio, q * ratio
 

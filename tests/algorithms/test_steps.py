@@ -262,3 +262,55 @@ def test_qep_reaches_the_least_squares_solution():
     want = np.linalg.lstsq(np.asarray(noisy, np.float64), np.asarray(x @ w.T, np.float64), rcond=None)[0].T
     off = lambda v: np.linalg.norm(np.asarray(noisy) @ v.T - np.asarray(x @ w.T))  # noqa: E731
     assert off(got) <= off(want) * 1.01 < off(np.asarray(w))
+
+
+def after(algorithm, format, x, w):
+    """(what the codes stand for [N, K], the task before)"""
+    from jqopt import _numerics
+
+    task = made(algorithm, x, [w], format)
+    solve = jax.jit(lambda t: algorithms.rounded(algorithm.solve(t)).codes[0])
+    codes = jax.tree.map(lambda c: c[0], solve(task))
+    return np.asarray(_numerics.dequantize_matrix(*codes, formats.get(format), w.shape[1])), task
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4", "int8"])
+def test_hqq_lowers_the_norm_that_it_minimizes_in_each_tile(format):
+    x, (w,) = activations(), weights(1)
+    tile = formats.get(format).tile_for(N, K, formats.get(format).granularity)[1]
+    lost = lambda q: (np.abs(q - np.asarray(w)) ** 0.7).reshape(N, -1, min(tile, K)).sum(-1)  # noqa: E731
+    mine, plain = (lost(after(a, format, x, w)[0]) for a in (algorithms.hqq(), algorithms.max()))
+    assert np.all(mine <= plain * (1 + 1e-4)) and mine.sum() < 0.995 * plain.sum()
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_lsq_never_ends_above_where_it_starts(format, dual):
+    """Of all steps each row keeps the one of least output error, the scales of mse among them."""
+    x, (w,) = activations(), weights(1)
+    q, task = after(algorithms.lsq(steps=60, dual=dual), format, x, w)
+    start, _ = after(algorithms.mse(), format, x, w)
+    h = np.asarray(statistics.moments(task))
+    rows = [np.einsum("nk,kj,nj->n", d, h, d) for d in (q - np.asarray(w), start - np.asarray(w))]
+    assert np.all(rows[0] <= rows[1] * (1 + 1e-3)) and rows[0].sum() < 0.9 * rows[1].sum()
+
+
+def test_dual_lsq_stores_another_scale_than_codes_were_made_with():
+    x, (w,) = activations(), weights(1)
+    algorithm = algorithms.lsq(steps=60, dual=True)
+    done = jax.jit(algorithm.solve)(made(algorithm, x, [w], "int4"))
+    stored = np.asarray(done.codes[0].scale[0]) * 7
+    assert np.any(np.abs(stored / np.asarray(done.tiles[0][0]) - 1) > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [("hqq", {"norm": 2}, "above 0 and up to 1"), ("lsq", {"rate": 0}, "between 0 and 1"),
+     ("qep", {"strength": 2}, "from 0 to 1"), ("svdquant", {"rank": -1}, "such as 32"),
+     ("hadamard", {"block": 1.5}, "number of channels"), ("awq", {"objective": "best"}, "weights or outputs"),
+     ("smoothquant", {"alpha": 2}, "search, or a number"), ("awq", {"alpha_grid": 0}, "number of steps"),
+     ("awq_clip", {"least": 2}, "between 0 and 1")],
+)  # fmt: skip
+def test_wrong_options_are_refused(name, options, said):
+    with pytest.raises(jqopt.PlanError, match=said):
+        algorithms.get(name, **options)
