@@ -45,8 +45,9 @@ class Problem(NamedTuple):
     """What is fixed before any number is known.
 
     `fused`: for each weight of the group, a number; weights with the same one share a tensor-level scale, those with a
-    negative one with weights of other groups. `powers`:
-    must scales of the input be powers of two (they go into a parameter with too few digits for others)?
+    negative one with weights of other groups. `powers`: must scales of the input be powers of two (they go into a
+    parameter with too few digits for others)? `searched`: does a later step search the weights' scales, so that trials
+    of rounding should too?
     """
 
     format: Format
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
     input: InputQuantizer | None = None
     fused: tuple[int, ...] = (0,)
     powers: bool = False
-    searched: bool = False  # does a later step search the weights' scales, so that trials of rounding should too?
+    searched: bool = False
 
 
 @jax.tree_util.register_dataclass
