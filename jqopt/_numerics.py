@@ -76,15 +76,24 @@ def decode(codes: Array, element: Element) -> Array:
 
 
 def round_to(x: Array, element: Element) -> Array:
-    """decode(encode(x)), bit for bit, without going through the codes."""
+    """decode(encode(x)), bit for bit, without going through the codes; but NaN stays NaN."""
     if element.kind == "int":
         return jnp.clip(jnp.round(x), element.min, element.max).astype(jnp.int32).astype(jnp.float32)
     if element.kind == "table":
         return _select(_count_above(x, element), element.table)
-    bits = to_bits(x)
-    return from_bits(
-        lax.bitwise_or(to_bits(_round_magnitude(_magnitude(bits, element), element)), _sign(bits, element))
-    )
+    most = np.float32(element.max)
+    return _round_float(lax.clamp(-most, x if x.dtype == jnp.float32 else x.astype(jnp.float32), most), element)
+
+
+def _round_float(x: Array, element: Element) -> Array:
+    """float32 within the element's range, rounded to its values: by mantissa, below the normal ones by their step."""
+    normal, bits = 2.0 ** (1 - element.bias), element.mantissa_bits
+    steps = lax.mul(x, np.float32(2**bits / normal))
+    small = lax.mul(lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN), np.float32(normal / 2**bits))
+    magnitude = lax.abs(x)
+    if not element.signed_zero:
+        small = lax.select_n(lax.lt(magnitude, np.float32(2.0**-126)), small, lax.abs(small))
+    return lax.select_n(lax.lt(magnitude, np.float32(normal)), lax.reduce_precision(x, 8, bits), small)
 
 
 def to_bits(x: Array) -> Array:
@@ -122,12 +131,6 @@ def _steps(magnitude: Array, element: Element) -> tuple[Array, Array]:
     power = lax.max(lax.bitwise_and(magnitude, np.uint32(_INFINITY)), _word(2.0 ** (1 - element.bias)))
     inv_step = from_bits(lax.sub(np.uint32((254 + element.mantissa_bits) << 23), power))
     return power, lax.round(lax.mul(from_bits(magnitude), inv_step), lax.RoundingMethod.TO_NEAREST_EVEN)
-
-
-def _round_magnitude(magnitude: Array, element: Element) -> Array:
-    """The float32 with these bits (not negative, at most the largest value), rounded to the element's values."""
-    power, steps = _steps(magnitude, element)
-    return lax.mul(steps, from_bits(lax.sub(power, np.uint32(element.mantissa_bits << 23))))
 
 
 def _encode_float(x: Array, element: Element) -> Array:
@@ -303,11 +306,16 @@ def _exponent_from_amax(amax: Array, largest: float) -> Array:
     OCP text rounds it down.
     """
     ratio = to_bits(divide(amax, lax.full_like(amax, largest)))
-    exponent = lax.shift_right_logical(lax.add(ratio, np.uint32(0x7FFFFF)), np.uint32(23))  # any mantissa carries
+    exponent = _ceil_exponent(ratio)
     known = lax.select_n(
         lax.eq(ratio, np.uint32(_INFINITY)), lax.min(exponent, np.uint32(_E8M0_NAN)), lax.full_like(exponent, 127)
     )
     return lax.select_n(lax.lt(ratio, np.uint32(_SMALLEST_NORMAL)), known, lax.full_like(known, 0))
+
+
+def _ceil_exponent(bits: Array) -> Array:
+    """Exponent bits of the smallest power of two not below a float32 that isn't negative, of which these are bits."""
+    return lax.shift_right_logical(lax.add(bits, np.uint32(0x7FFFFF)), np.uint32(23))  # any mantissa carries
 
 
 def decode_scale(scale: Array, format: Format) -> Array:
@@ -365,9 +373,10 @@ def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scal
     """Block scales in e4m3 under a float32 global one (ModelOpt's export): e4m3(amax / (6 * global))."""
     whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
     scale = divide(amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
-    rounded = round_to(lax.clamp(np.float32(2.0**-9), scale, np.float32(E4M3.max)), E4M3)
-    scale = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
-    return _Scales(scale, lax.mul(scale, _per_matrix(whole, scale)), whole)
+    # clamped as bits, so that a NaN becomes the largest scale: it must not spread over its block
+    rounded = _round_float(from_bits(lax.clamp(_word(2.0**-9), to_bits(scale), _word(E4M3.max))), E4M3)
+    stored = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
+    return _Scales(stored, lax.mul(rounded, _per_matrix(whole, scale)), whole)  # a block of zeros: any divisor will do
 
 
 def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
@@ -481,7 +490,10 @@ def qdq_matrix(
     tensor_scale: Array | None = None,
     tile_amax: Array | None = None,
 ) -> Array:
-    """float32 [..., n, k]: dequantize_matrix(quantize_matrix(x)), bit for bit, without codes; arguments as there."""
+    """float32 [..., n, k]: dequantize_matrix(quantize_matrix(x)) without codes; arguments as there.
+
+    Bit for bit, down to blocks whose largest value is 2^-117.
+    """
     tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax)
     scaled = _scaled(tiles, scales, format)
     if scales.zero_point is not None:
@@ -489,7 +501,7 @@ def qdq_matrix(
     else:
         values = round_to(scaled, format.element)
     if scales.divisor is None:
-        return from_tiles(_times_power(values, spread(scales.raw)), *x.shape[-2:])
+        return from_tiles(lax.mul(values, _met(_power(scales.raw), values)), *x.shape[-2:])
     whole = from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
     return whole if format.then is None else _then(whole, scales.global_scale, format)
 
@@ -554,6 +566,12 @@ def _met(per_tile: Array, tiles: Array) -> Array:
 
 def _shifted(scaled: Array, zero_point: Array, format: Format) -> Array:
     return jnp.clip(jnp.round(scaled) + spread(zero_point.astype(jnp.float32)), 0, format.element.max)
+
+
+def _power(e8m0: Array) -> Array:
+    """2^(bits - 127) as float32 (NaN for 255) in few operations; CPUs then multiply by zero for 2^-127."""
+    power = lax.bitcast_convert_type(lax.convert_element_type(e8m0, np.uint8), jnp.float8_e8m0fnu)
+    return lax.convert_element_type(power, np.float32)
 
 
 def _times_power(x: Array, e8m0: Array) -> Array:

@@ -52,6 +52,8 @@ def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> ja
     if spec.granularity == "block" and spec.format.tile is not None and spec.format.tile[1] <= _UNROLLED:
         rows = _written(rows)
     values = _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
+    if spec.format.element.kind == "float":  # rounding floats keeps NaN
+        return values
     # no code stands for NaN: it must not be lost
     return lax.select_n(lax.ne(rows, rows), values, lax.full_like(values, np.nan))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import decode
@@ -48,12 +49,12 @@ def both_fit_bf16(x: jax.Array | Packed, lhs: Operand, rhs: Operand) -> bool:
     return exact and fits_bf16(rhs)
 
 
-def row_scale(packed: Packed, spec: Operand) -> jax.Array:
-    """[1, 1] or [rows, 1] f32: everything that multiplies whole rows (`decode.unit` excluded)."""
-    scale = jnp.ones((1, 1), jnp.float32)
-    if by_row(spec) and packed.scale is not None:
-        scale = decode.scales(packed.scale, spec.scale)
-    return scale if packed.global_scale is None else scale * packed.global_scale
+def row_scale(packed: Packed, spec: Operand) -> jax.Array | None:
+    """[], [1, 1] or [rows, 1] f32: everything that multiplies whole rows (`decode.unit` excluded); None: nothing."""
+    scale = decode.scales(packed.scale, spec.scale) if by_row(spec) and packed.scale is not None else None
+    if scale is None or packed.global_scale is None:
+        return packed.global_scale if scale is None else scale
+    return scale * packed.global_scale
 
 
 def block_scale(packed: Packed, spec: Operand) -> jax.Array | None:
@@ -79,22 +80,28 @@ def per_block(w: jax.Array, along: jax.Array, b: int, op) -> jax.Array:
     return op(w, jnp.repeat(along, b, axis=1)[:, :c])
 
 
-def decoded(codes: jax.Array, packed: Packed, spec: Operand, k: int) -> jax.Array:
-    """Codes, one a byte [rows, k] -> f32 values, all but what `row_scale` holds."""
-    w, rows = decode.values(codes, spec.element), codes.shape[0]
-    if packed.zero_point is not None:
-        w = per_block(w, *blocks(packed.zero_point.astype(jnp.float32), spec, rows, k), jnp.subtract)
+def decoded(w: jax.Array, unit: float, packed: Packed, spec: Operand, k: int) -> jax.Array:
+    """Codes as numbers [rows, k], divided by `unit` -> f32 values, all but what `row_scale` holds."""
     scale = block_scale(packed, spec)
-    return w if scale is None else per_block(w, *blocks(scale, spec, rows, k), jnp.multiply)
+    if packed.zero_point is not None:
+        zero = packed.zero_point.astype(jnp.float32)
+        w = per_block(w, *blocks(zero, spec, w.shape[0], k), jnp.subtract)
+    if scale is None or spec.scale == "e8m0":  # which has scales that overflow when multiplied by it
+        w = w if unit == 1 else lax.mul(w, np.float32(unit))
+    elif unit != 1:
+        scale = lax.mul(scale, np.float32(unit))
+    return w if scale is None else per_block(w, *blocks(scale, spec, w.shape[0], k), jnp.multiply)
 
 
-def left(lhs: jax.Array | Packed, spec: Operand, k: int) -> tuple[jax.Array, jax.Array]:
-    """Left operand -> (f32 [m, k], what multiplies rows of the result: [m, 1] or [1, 1])."""
+def left(lhs: jax.Array | Packed, spec: Operand, k: int) -> tuple[jax.Array, jax.Array | None]:
+    """Left operand -> (f32 [m, k], what multiplies rows of the result: [m, 1], [1, 1], [] or None)."""
     if not isinstance(lhs, Packed):
-        return lhs.astype(jnp.float32), jnp.ones((1, 1), jnp.float32)
-    return decoded(lhs.data, lhs, spec, k), row_scale(lhs, spec)
+        return lhs.astype(jnp.float32), None
+    return decoded(decode.raw(lhs.data, spec.element), decode.unit(spec.element), lhs, spec, k), row_scale(lhs, spec)
 
 
-def finish(y: jax.Array, left_scale: jax.Array, right_scale: jax.Array, out_dtype) -> jax.Array:
-    """Apply row scales [m or 1, 1] and [n or 1, 1] to a product [m, n]."""
-    return (y * right_scale.T * left_scale).astype(out_dtype)
+def finish(y: jax.Array, left_scale: jax.Array | None, right_scale: jax.Array | None, out_dtype) -> jax.Array:
+    """Apply row scales, each [] or [m or 1, 1] and [n or 1, 1], to a product [m, n]."""
+    for scale in (None if right_scale is None else right_scale.T, left_scale):
+        y = y if scale is None else y * scale
+    return y.astype(out_dtype)

@@ -65,8 +65,9 @@ def _fp8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.fl
     a = lax.bitcast_convert_type(lhs.data, FP8[lhs_spec.element])
     b = lax.bitcast_convert_type(rhs.data, FP8[rhs_spec.element])
     scales = row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec)
-    if all(s.size == 1 for s in scales):  # this spelling is what XLA's rewriter looks for
-        a, b = (x.astype(jnp.float32) * s[0, 0] for x, s in zip((a, b), scales, strict=True))
+    if all(s is None or s.size == 1 for s in scales):  # this spelling is what XLA's rewriter looks for
+        ones = (jnp.float32(1) if s is None else s.reshape(()) for s in scales)
+        a, b = (x.astype(jnp.float32) * s for x, s in zip((a, b), ones, strict=True))
         return dot(a, b).astype(out_dtype)
     acc = lax.dot_general(a, b, NT, precision="highest", preferred_element_type=jnp.float32)
     return finish(acc, *scales, out_dtype)
@@ -104,7 +105,7 @@ def _decode(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32
     """Both operands decoded as a whole; in bfloat16 where that is exact."""
     dtype = jnp.bfloat16 if both_fit_bf16(lhs, lhs_spec, rhs_spec) else jnp.float32
     x, left_scale = left(lhs, lhs_spec, k)
-    w = decoded(decode.unpack(rhs.data, rhs_spec.element, k), rhs, rhs_spec, k)
+    w = decoded(*decode.whole(rhs.data, rhs_spec.element, k), rhs, rhs_spec, k)
     return finish(dot(x.astype(dtype), w.astype(dtype)), left_scale, row_scale(rhs, rhs_spec), out_dtype)
 
 

@@ -43,7 +43,10 @@ def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32)
     xs = [x[:, p::planes] for p in range(planes)]
     y = _over_rows(functools.partial(_tile_dot, xs, element=rhs_spec.element), weight, n, _tile_rows(k))
     unit = decode.unit(rhs_spec.element) if weight.scale is None else 1.0  # else it is in the scales
-    return finish(y, left_scale, row_scale(rhs, rhs_spec) * unit, out_dtype)
+    right_scale = row_scale(rhs, rhs_spec)
+    if unit != 1:
+        right_scale = jnp.float32(unit) if right_scale is None else right_scale * unit
+    return finish(y, left_scale, right_scale, out_dtype)
 
 
 def _tile_rows(k: int) -> int:
