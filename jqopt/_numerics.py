@@ -47,6 +47,16 @@ def divide(x: Array | float, y: Array | float) -> Array:
     return lax.div(x, lax.select_n(lax.ne(x, x), y, lax.full_like(y, 1.0)))
 
 
+def written(x: Array) -> Array:
+    """x in float32, computed once and written, where XLA would compute it again in each kernel that reads it.
+
+    A division is too costly for XLA to repeat; an optimization barrier is gone before it fuses on CPUs. So the kernels
+    of a quantizer hold nothing but the quantizer, and are compiled once for all sites of a shape.
+    """
+    x = x.astype(jnp.float32)
+    return lax.div(x, lax.select_n(lax.ne(x, x), lax.full_like(x, 1.0), x))
+
+
 # Elements: one code for one value -----------------------------------------------------------------------------------
 
 

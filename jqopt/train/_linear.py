@@ -1,7 +1,7 @@
 """A linear layer's three GEMMs on quantized operands: y = x w^T, dx = dy w, dw = dy^T x, as one custom derivative.
 
-Each operand is quantized once for each GEMM that reads it (rowwise, columnwise); what the backward pass reads is kept as
-packed codes, named for remat policies. See docs/training.md.
+Each operand is quantized once for each GEMM that reads it (rowwise, columnwise); what the backward pass reads is kept
+as packed codes, named for remat policies. See docs/training.md.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def linear(
     """x [*stack, m, k] times w [*stack, n, k], transposed, on quantized operands: [*stack, m, n] in y's dtype.
 
     Args:
-        scales: of delayed scaling: encode scales float32 [3] of x, w and dy. Their cotangent is not a derivative but the
-            largest values of this step, float32 [3].
+        scales: of delayed scaling: encode scales float32 [3] of x, w and dy. Their cotangent is not a derivative but
+            the largest values of this step, float32 [3].
         key: uint32 [4] for stochastic rounding of dy: two words of a key, the first row and the first column that this
             device holds. Only gradients need it.
         groups: of ragged products (x [m, k], w [g, n, k]): int32 [g], how many rows each w has.

@@ -1,4 +1,4 @@
-"""Low-precision training of unmodified models: the traced program, with each planned product as three quantized GEMMs."""
+"""Low-precision training of unmodified models: the traced program, its planned products as three quantized GEMMs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ So nothing is quantized twice and no GEMM runs twice; the rest is computed anew.
 """
 
 QuantState = dict[str, dict[str, Array]]
-"""State of delayed scaling, {site: {"history": [*layers, length, 3], "scale": [*layers, 3]}}, of x, w and dy; float32."""
+"""State of delayed scaling, float32: {site: {"history": [*layers, length, 3], "scale": [*layers, 3]}}, of x, w, dy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Prepared:
     plan: TrainPlan = dataclasses.field(repr=False)
 
     def apply(self, params: Any, *inputs: Any, quant_key: Any = None, quant_state: Any = None, **kwargs: Any) -> Any:
-        """The model's output, and under `jax.grad` its gradients, with quantized products. Pure: jit, grad and shard it.
+        """The model's output, under `jax.grad` its gradients, with quantized products. Pure: jit, grad and shard it.
 
         Args:
             params: what the model takes: for Linen the variables, as `model.apply`, whose keywords this takes too.
@@ -266,7 +266,9 @@ class Trainer:
             )
         assert decision.gemms is not None
         out = eqn.outvars[0].aval
-        how = dataclasses.replace(decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name))
+        how = dataclasses.replace(
+            decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name)
+        )
         made = _apply.placed(functools.partial(OPS[site.op], eqn, site, how), out)
         result = made(*values, mine.get("scale"), mine.get("key"))
         if "key" in mine:  # another use of the site, in a loop that isn't over its layers, draws other numbers
@@ -324,7 +326,7 @@ def _sharded(how: Gemms, x: Array, w: Array, scale: Any, key: Any, groups: Any =
         row, column = _place(rows, math.prod(x.shape[:-1])), _place(columns, w.shape[-2])
         shared = axes if how.scope == "global" else ()
         how = dataclasses.replace(how, amax_axes=shared, spread=math.prod(lax.axis_size(a) for a in axes))
-        x, w, scale = (None if v is None else _vary(v, axes) for v in (x, w, scale))
+        x, w, scale = _vary(x, axes), _vary(w, axes), None if scale is None else _vary(scale, axes)
     if key is not None:
         key = jnp.concatenate([key, jnp.stack([row, column])])
     return linear(how, x, w, scale, key, groups)

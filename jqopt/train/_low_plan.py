@@ -95,16 +95,18 @@ def make(recipe: Recipe, graph: Graph) -> TrainPlan:
     """
     if recipe.train is None:
         raise PlanError(
-            f"recipe {recipe.name!r} has no section `train`: it doesn't say how the operands of each GEMM are quantized "
-            "in training. Write one, such as `train: {input: fp8, weight: fp8, grad: fp8_e5m2}`, or use a shipped "
-            "recipe: train/nvfp4, train/fp8_current, train/mxfp8, ..."
+            f"recipe {recipe.name!r} has no section `train`: it doesn't say how the operands of each GEMM are "
+            "quantized in training. Write one, such as `train: {input: fp8, weight: fp8, grad: fp8_e5m2}`, or use a "
+            "shipped recipe: train/nvfp4, train/fp8_current, train/mxfp8, ..."
         )
     ptq = _plan.make_plan(recipe, graph)
     sites = tuple(_decided(recipe, graph, s, ptq[s.key]) for s in graph.sites)
     sites = _together(graph, _without_ends(recipe, graph, sites))
     plan = TrainPlan(recipe, sites, ptq)
     if not plan.trained:
-        raise PlanError(f"recipe {recipe.name!r} would train nothing of {graph.function.name} in low precision:\n{plan}")
+        raise PlanError(
+            f"recipe {recipe.name!r} would train nothing of {graph.function.name} in low precision:\n{plan}"
+        )
     return plan
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -21,11 +23,13 @@ from jqopt._numerics import (
     pack,
     round_to,
     spread,
+    to_bits,
     to_tiles,
     unpack,
+    written,
 )
 from jqopt._recipe_train import TrainOperand
-from jqopt.formats import Format
+from jqopt.formats import E4M3, Format
 from jqopt.train import quantizers
 
 ROWS, COLUMNS = -1, -2
@@ -107,6 +111,8 @@ def pinned(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
+# jitted so that JAX traces and lowers each of these once for all sites of one shape
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def measure(x: Array, q: Quantizer, axis: int) -> Measured:
     """The values of x [..., r, c] (float32, pinned) that are quantized to be contracted along `axis`."""
     if q.hadamard:
@@ -114,7 +120,7 @@ def measure(x: Array, q: Quantizer, axis: int) -> Measured:
         if short:
             at = axis % x.ndim
             x = jnp.pad(x, [(0, short if i == at else 0) for i in range(x.ndim)])
-        x = quantizers.hadamard16(x, axis=axis)
+        x = written(quantizers.hadamard16(x, axis=axis))
     tiles = None if q.tile is None else amax_of(to_tiles(x, _laid(q.tile, axis)), (-3, -1))
     if q.row_scaled:
         return Measured(x, tiles, jnp.expand_dims(amax_of(x, (axis,)), axis))
@@ -127,10 +133,10 @@ def _laid(tile: tuple[int, int], axis: int) -> tuple[int, int]:
 
 
 class _Scales(NamedTuple):
-    """What tiles (or, without a tile, the whole) are multiplied by; as stored; the scale of the whole."""
+    """What tiles (or, without a tile, the whole) are multiplied by; what their codes are, and the product of a GEMM."""
 
     encode: Array
-    stored: Array | None
+    tiles: Array | None
     whole: Array | None
 
 
@@ -142,19 +148,27 @@ def _scales(m: Measured, q: Quantizer, axis: int, given: Array | None) -> _Scale
         return _Scales(scale, None, divide(1.0, scale))
     if f.global_scale:
         whole = quantizers.encode_scale(m.whole, f.element.max * q.scale_max)
-        stored = quantizers.block_scale(m.tiles, whole, q.scale_up)
-        return _Scales(quantizers.block_encode_scale(stored, whole), stored, _global(m.whole, q))
+        scale = quantizers.block_scale(m.tiles, whole, q.scale_up)
+        return _Scales(quantizers.block_encode_scale(scale, whole), scale, _global(m.whole, q))
     if f.scale.name == "e8m0":
         exponent = exponent_from_amax(m.tiles, f.element.max)
-        return _Scales(from_bits((np.uint32(254) - exponent) << 23), exponent.astype(jnp.uint8), None)
+        return _Scales(from_bits((np.uint32(254) - exponent) << 23), from_bits(exponent << 23), None)
     scale = quantizers.fp8_scale(m.tiles, f.element, q.power_of_two)
     return _Scales(scale, divide(1.0, scale), None)
+
+
+def _stored(scale: Array, f: Format) -> Array:
+    """The scales of tiles, from their values to as they are kept."""
+    if f.scale.name == "e8m0":
+        return (to_bits(scale) >> 23).astype(jnp.uint8)
+    return encode(scale, E4M3) if f.global_scale else scale
 
 
 def _global(amax: Array, q: Quantizer) -> Array:
     return divide(amax, q.format.element.max * q.scale_max)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def codes(m: Measured, q: Quantizer, axis: int, given: Array | None = None, dither: Array | None = None) -> Packed:
     """The packed codes of measured values; `given`: the encode scale of delayed scaling; `dither`: see `encode`."""
     if q.four_over_six is not None:
@@ -162,20 +176,21 @@ def codes(m: Measured, q: Quantizer, axis: int, given: Array | None = None, dith
     s = _scales(m, q, axis, given)
     scaled, shape = _scaled(m, q, axis, s)
     data = _flat(encode(scaled, q.format.element, _tiled(dither, q, axis)), q, shape)
-    return Packed(pack(data, q.format.element.bits), s.stored, s.whole)
+    return Packed(pack(data, q.format.element.bits), None if s.tiles is None else _stored(s.tiles, q.format), s.whole)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def values(
     m: Measured, q: Quantizer, axis: int, given: Array | None = None, dither: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """(what the codes stand for, float32 [..., r, c], and the scale of the whole): unpacked(codes(...)), bit for bit."""
+    """(what the codes stand for, float32 [..., r, c], the scale of the whole): unpacked(codes(...)), bit for bit."""
     if q.four_over_six is not None:
         return unpacked(_four_over_six(m, q, axis), q, axis, m.values.shape[-1])
     s = _scales(m, q, axis, given)
     scaled, shape = _scaled(m, q, axis, s)
     grid = round_to(scaled, q.format.element, _tiled(dither, q, axis))
-    if s.stored is not None:
-        grid = grid * spread(decode_scale(s.stored, q.format))
+    if s.tiles is not None:
+        grid = grid * spread(s.tiles)
     return _flat(grid, q, shape), s.whole
 
 
@@ -195,6 +210,7 @@ def _flat(x: Array, q: Quantizer, shape: tuple[int, ...]) -> Array:
     return x if q.tile is None else from_tiles(x, *shape)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def unpacked(p: Packed, q: Quantizer, axis: int, columns: int) -> tuple[Array, Array | None]:
     """(what packed codes stand for, float32 [..., r, c], and the scale of the whole)."""
     grid = decode(unpack(p.data, q.format.element.bits, columns), q.format.element)

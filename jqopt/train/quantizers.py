@@ -24,6 +24,7 @@ from jqopt._numerics import (
     from_tiles,
     pack,
     quantize_matrix,
+    round_to,
     spread,
     to_bits,
     to_tiles,
@@ -85,15 +86,15 @@ def nvfp4(
     if amax is None:
         amax = amax_of(x, (-1,) if row_scaled else (-2, -1))
     amax = amax.astype(jnp.float32)
-    encode_scale = encode_scale(amax, 6 * e4m3_max)
-    whole = encode_scale[..., None] if row_scaled else encode_scale[..., None, None]
+    whole_scale = encode_scale(amax, 6 * e4m3_max)
+    whole = whole_scale[..., None] if row_scaled else whole_scale[..., None, None]
     block_amax = amax_of(tiles, (-3, -1))
     if four_over_six is None:
         codes, scale = _codes(tiles, block_scale(block_amax, whole), whole)
     else:
         codes, scale = four_over_six_codes(tiles, block_amax, whole, amax, row_scaled, four_over_six, e4m3_max)
     data = pack(from_tiles(codes, *x.shape[-2:]), E2M1.bits)
-    return Nvfp4(data, jnp.repeat(scale, tile[0], axis=-2), divide(1.0, encode_scale), amax)
+    return Nvfp4(data, jnp.repeat(scale, tile[0], axis=-2), divide(1.0, whole_scale), amax)
 
 
 def nvfp4_values(q: Nvfp4) -> Array:
@@ -121,36 +122,40 @@ def _check(x: Array, tile: tuple[int, int], row_scaled: bool, four_over_six: str
 
 
 def encode_scale(amax: Array, largest: float) -> Array:
+    """What the whole is multiplied by, so that its amax becomes `largest`; 1 of zeros."""
     scale = jnp.minimum(divide(largest, amax), _LARGEST_ENCODE)
     return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
 
 
 def block_scale(amax: Array, whole: Array, up: bool = False) -> Array:
-    """e4m3 bits of the block scales of these amax under a global encode scale; `up`: never below the exact scale.
+    """The block scales of these amax under a global encode scale, float32 values of e4m3.
 
-    Rounded to nearest, half of all blocks get a scale that is too small, and their largest values saturate. That
-    biases stochastic rounding; a scale rounded up doesn't.
+    `up`: never below the exact scale. Rounded to nearest, half of all blocks get a scale that is too small, and their
+    largest values saturate. That biases stochastic rounding; a scale rounded up doesn't.
     """
     exact = amax * (whole * SIXTH)
-    code = encode(exact, E4M3)
+    near = round_to(exact, E4M3)
     if not up:
-        return code
-    return jnp.where(decode(code, E4M3) < exact, jnp.minimum(code + np.uint8(1), np.uint8(0x7E)), code)
+        return near
+    # The next value: one step of the mantissa of a normal number, of 2^-9 below those.
+    step = from_bits(jnp.maximum(to_bits(near) & np.uint32(0x7F800000), np.uint32(121 << 23)) - np.uint32(3 << 23))
+    return jnp.where(near < exact, jnp.minimum(near + step, E4M3.max), near)
 
 
 def block_encode_scale(scale: Array, whole: Array) -> Array:
-    """What values of a block with this scale (e4m3 bits) are multiplied by."""
-    return jnp.minimum(divide(1.0, decode(scale, E4M3) * divide(1.0, whole)), F32_MAX)
+    """What values of a block with this scale (the value of an e4m3) are multiplied by."""
+    return jnp.minimum(divide(1.0, scale * divide(1.0, whole)), F32_MAX)
 
 
 def _codes(tiles: Array, scale: Array, whole: Array) -> tuple[Array, Array]:
-    """Codes under block scales (e4m3 bits) and a global encode scale, and the same scales."""
-    return encode(tiles * spread(block_encode_scale(scale, whole)), E2M1), scale
+    """Codes under block scales (values of e4m3) and a global encode scale, and the scales as bits."""
+    return encode(tiles * spread(block_encode_scale(scale, whole)), E2M1), encode(scale, E4M3)
 
 
 def four_over_six_codes(tiles, block_amax, whole, amax, row_scaled, measure, e4m3_max) -> tuple[Array, Array]:
+    """(codes in tiles, block scales as e4m3 bits): of two scales a block the one with the smaller error."""
     base = divide(block_amax, 6.0) * whole
-    six, four = (_codes(tiles, encode(base * factor, E4M3), whole) for factor in (1.0, 1.5))
+    six, four = (_codes(tiles, round_to(base * factor, E4M3), whole) for factor in (1.0, 1.5))
     amax = amax[..., None, None, None] if not row_scaled else amax[..., None, None]
     errors = [_error(tiles, *choice, amax, measure, e4m3_max) for choice in (six, four)]
     better = errors[1] < errors[0]
