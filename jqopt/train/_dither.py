@@ -42,7 +42,7 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Ar
 
 
 @jax.jit
-def folded(key: Array, number: Array | int) -> Array:
+def folded(key: Array, number: Array | np.uint32 | int) -> Array:
     """A new key, uint32 [2], from a key and a number; as `jax.random.fold_in` of a threefry key."""
     a, b = threefry((key[0], key[1]), (jnp.zeros((), jnp.uint32), jnp.asarray(number, jnp.uint32)))
     return jnp.stack([a, b])

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jqopt import _compat
 from jqopt._recipe_train import TrainSpec
 from jqopt.errors import UnsupportedError
 from jqopt.train import _dither
@@ -202,6 +203,7 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
     if scales is not None:
         largest = jnp.max(measured[0].whole) if measured else jnp.zeros((), jnp.float32)
         seen = jnp.stack([*amax, largest]) * jnp.float32(1 / how.spread)
+        seen = _compat.vary(seen, _compat.varying(scales))  # their sum over the devices is the largest value again
     return dx, dw, seen, _no_gradient(key), _no_gradient(groups)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx as flax_nnx
 from jax import Array, lax
 
-from jqopt import _apply, _jaxpr, _trace
+from jqopt import _apply, _compat, _jaxpr, _trace
 from jqopt._jaxpr import Address, State
 from jqopt._model import trace
 from jqopt._numerics import divide
@@ -32,6 +32,9 @@ remat_policy = jax.checkpoint_policies.save_only_these_names(NAME)
 
 So nothing is quantized twice and no GEMM runs twice; the rest is computed anew.
 """
+
+Varying = tuple[frozenset[str], frozenset[str]]
+"""Axes of a shard_map over which x differs, and w."""
 
 QuantState = dict[str, dict[str, Array]]
 """State of delayed scaling, float32: {site: {"history": [*layers, length, 3], "scale": [*layers, 3]}}, of x, w, dy."""
@@ -117,7 +120,12 @@ def run(
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+    """A leaf's shape; with its sharding where that is a part of its type."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None) if isinstance(leaf, jax.Array) else None
+    explicit = sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if explicit else None)
 
 
 def _checked(plan: TrainPlan, function: Function, params: Any) -> list:
@@ -157,7 +165,7 @@ def site_key(key: Array, name: str, outer: tuple[int, ...]) -> Array:
     """Keys of a site's layers, uint32 [*outer, 2]: from the step's key, the site's name and each layer's number."""
     digest = hashlib.sha256(name.encode()).digest()
     for i in (0, 4):
-        key = _dither.folded(key, int.from_bytes(digest[i : i + 4], "little"))
+        key = _dither.folded(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
     if not outer:
         return key
     each = jax.vmap(lambda n: _dither.folded(key, n))(jnp.arange(math.prod(outer), dtype=jnp.uint32))
@@ -239,6 +247,10 @@ class Trainer:
             self.at[site.address] = (site, decision)
             for n in range(1, len(site.address)):
                 self.below.setdefault(site.address[:n], []).append(site)
+        self.differ: dict[Address, Varying] = {
+            a: (_low_plan.varying(jaxpr, a, 1 - s.operand), _low_plan.varying(jaxpr, a, s.operand))
+            for a, (s, _) in self.at.items()
+        }
         self.blind = {a for a in self.at if any(_blind(e) for _, e in _low_plan.around(jaxpr, a))}
 
     def is_site(self, address: Address) -> bool:
@@ -269,7 +281,7 @@ class Trainer:
         how = dataclasses.replace(
             decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name)
         )
-        made = _apply.placed(functools.partial(OPS[site.op], eqn, site, how), out)
+        made = _apply.placed(functools.partial(OPS[site.op], eqn, site, how, self.differ[address]), out)
         result = made(*values, mine.get("scale"), mine.get("key"))
         if "key" in mine:  # another use of the site, in a loop that isn't over its layers, draws other numbers
             mine = {**mine, "key": mine["key"] + jnp.asarray([0, 1], jnp.uint32)}
@@ -284,14 +296,14 @@ def _pair(eqn: Any, site: Site) -> tuple[Any, Any]:
     return eqn.invars[1 - site.operand], eqn.invars[site.operand]
 
 
-def _dot(eqn: Any, site: Site, how: Gemms, *values: Any) -> Array:
+def _dot(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
     """A dot_general as x [*batch, m, k] times w [*batch, n, k]."""
     *operands, scale, key = values
     side = site.operand
     dims = eqn.params["dimension_numbers"]
     x, x_free = _matrix(operands[1 - side], dims, 1 - side)
     w, w_free = _matrix(operands[side], dims, side)
-    y = _sharded(how, x, w, scale, key)
+    y = _sharded(how, differ, x, w, scale, key)
     y = y if side == 1 else y.mT
     free = [x_free, w_free] if side == 1 else [w_free, x_free]
     return y.reshape(*x.shape[:-2], *free[0], *free[1])
@@ -306,18 +318,18 @@ def _matrix(x: Array, dims: Any, side: int) -> tuple[Array, list[int]]:
     return turned.reshape(*lead, math.prod(sizes), math.prod(x.shape[i] for i in contract)), sizes
 
 
-def _ragged(eqn: Any, site: Site, how: Gemms, *values: Any) -> Array:
+def _ragged(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
     x, w, groups, scale, key = values
-    return _sharded(how, x, w.swapaxes(1, 2), scale, key, groups)
+    return _sharded(how, differ, x, w.swapaxes(1, 2), scale, key, groups)
 
 
 OPS = {"dot_general": _dot, "ragged_dot": _ragged}
 """The sites that are trained in low precision."""
 
 
-def _sharded(how: Gemms, x: Array, w: Array, scale: Any, key: Any, groups: Any = None) -> Array:
-    """`linear`; inside a shard_map with the axes over which its operands differ, and this device's place in them."""
-    mine, its = _varying(x), _varying(w)
+def _sharded(how: Gemms, differ: Varying, x: Array, w: Array, scale: Any, key: Any, groups: Any = None) -> Array:
+    """`linear`; inside a shard_map with the axes over which x and w differ, and this device's place in them."""
+    mine, its = differ
     axes = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in (mine | its))
     row = column = jnp.zeros((), jnp.uint32)
     if axes:
@@ -326,20 +338,11 @@ def _sharded(how: Gemms, x: Array, w: Array, scale: Any, key: Any, groups: Any =
         row, column = _place(rows, math.prod(x.shape[:-1])), _place(columns, w.shape[-2])
         shared = axes if how.scope == "global" else ()
         how = dataclasses.replace(how, amax_axes=shared, spread=math.prod(lax.axis_size(a) for a in axes))
-        x, w, scale = _vary(x, axes), _vary(w, axes), None if scale is None else _vary(scale, axes)
+        x, w = _compat.vary(x, axes), _compat.vary(w, axes)
+        scale = None if scale is None else _compat.vary(scale, axes)
     if key is not None:
         key = jnp.concatenate([key, jnp.stack([row, column])])
     return linear(how, x, w, scale, key, groups)
-
-
-def _varying(x: Array) -> frozenset[str]:
-    """The axes of a shard_map over which a value differs; none outside of one."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
-
-
-def _vary(x: Array, axes: tuple[str, ...]) -> Array:
-    missing = tuple(a for a in axes if a not in _varying(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _place(axes: tuple[str, ...], length: int) -> Array:

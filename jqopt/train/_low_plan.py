@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jqopt import _plan
+from jax.extend import core as jex_core
+
+from jqopt import _compat, _plan
 from jqopt._jaxpr import inner_jaxpr, open_jaxpr
 from jqopt._plan import Plan
 from jqopt._recipe import Recipe
@@ -158,6 +160,19 @@ def _plain_ragged(eqn: Any) -> bool:
     contract, batch = numbers.dot_dimension_numbers
     plain = (tuple(map(tuple, contract)), tuple(map(tuple, batch))) == (((1,), (1,)), ((), ()))
     return plain and list(numbers.lhs_ragged_dimensions) == [0] and list(numbers.rhs_group_dimensions) == [0]
+
+
+def varying(jaxpr: Any, address: tuple[int, ...], operand: int) -> frozenset[str]:
+    """The axes of a shard_map over which an operand of this equation differs, before JAX cast it for the product."""
+    inner, _ = open_jaxpr(jaxpr)
+    first, *rest = address
+    if rest:
+        return varying(_below(inner.eqns[first], rest[0]), tuple(rest[1:]), operand)
+    atom = inner.eqns[first].invars[operand]
+    casts = {e.outvars[0]: e.invars[0] for e in inner.eqns if e.primitive.name in ("pvary", "pcast")}
+    while not isinstance(atom, jex_core.Literal) and atom in casts:
+        atom = casts[atom]
+    return _compat.varying(atom.aval)
 
 
 def around(jaxpr: Any, address: tuple[int, ...]) -> list[tuple[tuple[int, ...], Any]]:

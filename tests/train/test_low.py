@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint.v1 as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from orbax.checkpoint import v1 as ocp
 
 import jqopt
 from jqopt import train
@@ -115,41 +115,25 @@ def test_evaluation_needs_no_key(ways, layers):
 # ---- what is kept, and how often it is quantized
 
 
-def count(jaxpr, name: str) -> int:
-    """How many calls of a jitted function stand in a jaxpr."""
-    found = 0
-    for eqn in jaxpr.eqns:
-        found += eqn.params.get("name") == name
-        for value in eqn.params.values():
-            for v in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(v, "jaxpr", v)
-                found += count(inner, name) if hasattr(inner, "eqns") else 0
-    return found
-
-
 def test_nothing_is_quantized_twice_under_the_policy(layers):
-    """D2: with `remat_policy` as many quantizers as without remat; with plain remat, more."""
+    """D2: with `remat_policy` the compiled program rounds as often as without remat; with plain remat more often."""
     params, x = layers
-    counts = {}
+    rounds = {}
     for name, remat, policy in (("none", False, None), ("policy", True, train.remat_policy), ("plain", True, None)):
         model = lambda p, x, r=remat, o=policy: stacked(p, x, scan=True, remat=r, policy=o)  # noqa: E731
         prepared = train.prepare(model, section("nvfp4"), params, x)
-        jaxpr = jax.make_jaxpr(jax.grad(square(prepared, x)))(params)
-        counts[name] = {part: count(jaxpr.jaxpr, part) for part in ("values", "codes")}
-    # fprop x and w, dgrad dy, wgrad dy; kept: x and w
-    assert counts["none"] == {"values": 4, "codes": 2}
-    assert counts["policy"] == counts["none"]
-    assert counts["plain"]["codes"] > 0 and counts["plain"]["values"] > 4
+        text = jax.jit(jax.grad(square(prepared, x))).lower(params).compile().as_text()
+        rounds[name] = text.count(" round-nearest-even(")
+    assert rounds["none"] == rounds["policy"] < rounds["plain"]
 
 
 def test_what_is_kept_is_packed(layers):
     """0.5625 bytes a value of x and, in tiles of 16x16, 0.502 of w."""
     params, x = layers
     prepared = train.prepare(lambda p, x: x @ p["w"][0], section("nvfp4"), params, x)
-    kept = jax.ad_checkpoint.saved_residuals if hasattr(jax.ad_checkpoint, "saved_residuals") else None
     _, back = jax.vjp(lambda p, x: prepared.apply(p, x, quant_key=KEY), params, x)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(back) if hasattr(leaf, "nbytes") and leaf.dtype == jnp.uint8]
-    assert sorted(sizes) == sorted([32 * 64 // 2, 32 * 64 // 16, 64 * 64 // 2, 64 * 64 // 256]) and kept is kept
+    assert sorted(sizes) == sorted([32 * 64 // 2, 32 * 64 // 16, 64 * 64 // 2, 64 * 64 // 256])
 
 
 # ---- models
@@ -272,11 +256,8 @@ def test_a_train_state_and_its_resumption(tmp_path):
     half, its = state, prepared.init_state()
     for _ in range(3):
         half, its = step(half, its)
-    ocp.save_pytree(tmp_path / "half", tree(half, its))
-    read = ocp.load_pytree(
-        tmp_path / "half",
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype), tree(half, its)),
-    )
+    ocp.save(tmp_path / "half", tree(half, its))
+    read = ocp.load(tmp_path / "half", tree(half, its))
     half = state.replace(step=read["step"], params=read["params"], opt_state=read["opt"])
     for _ in range(3):
         half, its = step(half, read["quant"] if int(half.step) == 3 else its)
@@ -336,5 +317,6 @@ def test_from_training_to_serving(name, tmp_path):
     assert set(qm.plan.quantized) == {s.path for s in prepared.plan.trained}
     jqopt.save(tmp_path / "packed", qm)
     equal(jqopt.load(tmp_path / "packed", model)(x), qm(x))
-    want = prepared.apply(trained, x)
-    assert float(jnp.linalg.norm(qm(x) - want) / jnp.linalg.norm(want)) < 0.2
+    plain = model.apply(trained, x)
+    for out in (qm(x), prepared.apply(trained, x)):  # four layers of 13 % (NVFP4) or 4 % of noise, in a residual stream
+        assert float(jnp.linalg.norm(out - plain) / jnp.linalg.norm(plain)) < 0.25
