@@ -197,13 +197,16 @@ def test_hadamard_spreads_an_outlier():
     assert errors[True] < errors[False]
 
 
+FAST = [Quantizer(NVFP4, (1, 16)), Quantizer(formats.get("mxfp8"), (1, 32)), Quantizer(formats.get("fp8_e5m2"), None)]
+REST = [
+    Quantizer(NVFP4, (16, 16)), Quantizer(NVFP4, (1, 16), row_scaled=True), Quantizer(NVFP4, (1, 16), scale_up=True),
+    Quantizer(NVFP4, (1, 16), four_over_six="mae", scale_max=256.0), Quantizer(formats.get("mxfp6"), (1, 32)),
+    Quantizer(formats.get("fp8"), (1, 128), power_of_two=True),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("axis", [ROWS, COLUMNS])
-@pytest.mark.parametrize("q", [
-    Quantizer(NVFP4, (1, 16)), Quantizer(NVFP4, (16, 16)), Quantizer(NVFP4, (1, 16), row_scaled=True),
-    Quantizer(NVFP4, (1, 16), four_over_six="mae", scale_max=256.0), Quantizer(formats.get("mxfp8"), (1, 32)),
-    Quantizer(formats.get("mxfp6"), (1, 32)), Quantizer(formats.get("fp8"), (1, 128), power_of_two=True),
-    Quantizer(formats.get("fp8_e5m2"), None), Quantizer(NVFP4, (1, 16), scale_up=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("q", [*FAST, *(pytest.param(q, marks=pytest.mark.slow) for q in REST)], ids=str)
 def test_codes_stand_for_the_values(q, axis):
     """What the backward pass decodes is what a forward pass would multiply; Q8: quantized again, nothing moves."""
     x = numbers(4, 3, 40, 52)  # odd sizes: short tiles, and a stack of three
@@ -217,6 +220,7 @@ def test_codes_stand_for_the_values(q, axis):
     np.testing.assert_array_equal(one[0], values[1])  # matrices of a stack don't see each other
 
 
+@pytest.mark.slow
 def test_columnwise_is_rowwise_of_the_transpose():
     x = numbers(5, 48, 64)
     for q in (Quantizer(NVFP4, (1, 16), hadamard=True), Quantizer(NVFP4, (1, 16), row_scaled=True),
@@ -227,6 +231,7 @@ def test_columnwise_is_rowwise_of_the_transpose():
         np.testing.assert_array_equal(columns[1].T, rows[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", ["high_precision", "dequantized"])
 def test_backward_overrides(backward):
     """NVTE_BACKWARD_OVERRIDE: gradients of the float operands, or of the operands that fprop read."""

@@ -60,10 +60,10 @@ def layers():
 
 @pytest.fixture(scope="module")
 def ways(layers):
-    """The gradient of the same model written in four ways; bits of layers don't depend on the way."""
+    """(gradient, prepared) of the same scanned model without and with remat."""
     params, x = layers
     out = {}
-    for scan, remat in ((True, False), (True, True), (False, True)):
+    for scan, remat in ((True, False), (True, True)):
         model = lambda p, x, s=scan, r=remat: stacked(p, x, scan=s, remat=r)  # noqa: E731
         prepared = train.prepare(model, section("nvfp4"), params, x)
         out[scan, remat] = jax.jit(jax.grad(square(prepared, x)))(params), prepared
@@ -84,6 +84,7 @@ def test_layers_have_their_own_random_numbers(ways):
     assert not bool((keys == other).any(axis=-1).any())
 
 
+@pytest.mark.slow
 def test_unrolled_layers_differ_only_in_their_names(layers):
     """Nearest rounding: scan and unrolled give the same bits; no excess precision anywhere."""
     params, x = layers
@@ -115,6 +116,7 @@ def test_evaluation_needs_no_key(ways, layers):
 # ---- what is kept, and how often it is quantized
 
 
+@pytest.mark.slow
 def test_nothing_is_quantized_twice_under_the_policy(layers):
     """D2: with `remat_policy` the compiled program rounds as often as without remat; with plain remat more often."""
     params, x = layers
@@ -139,6 +141,7 @@ def test_what_is_kept_is_packed(layers):
 # ---- models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls", [zoo.MHA, zoo.Ragged, zoo.MoEBatched, zoo.RematScan, zoo.CondDense], ids=lambda c: c.__name__
 )
@@ -195,7 +198,7 @@ def delayed(**more) -> dict:
     return {**SMALL, "train": {"input": o, "weight": o, "grad": {**o, "format": "fp8_e5m2"}}}
 
 
-@pytest.mark.parametrize("use", ["max", "most_recent"])
+@pytest.mark.parametrize("use", ["max", pytest.param("most_recent", marks=pytest.mark.slow)])
 def test_delayed_scaling_is_a_numpy_roll(use):
     """Five steps of two stacked layers: amaxes by numpy, TransformerEngine's order of stage, scale, roll."""
     params = {"w": numbers(0, 2, 32, 32) / 6}
@@ -275,6 +278,7 @@ class Net(nnx.Module):
         return self.down(self.drop(nnx.relu(self.norm(self.up(x)))))
 
 
+@pytest.mark.slow
 def test_nnx():
     model, x = Net(nnx.Rngs(0)), numbers(0, 16, 32)
     prepared = train.prepare(model, section("nvfp4"), x)
@@ -305,7 +309,7 @@ def test_nnx():
 # ---- to serving
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "fp8_current"])
+@pytest.mark.parametrize("name", [pytest.param("nvfp4", marks=pytest.mark.slow), "fp8_current"])
 def test_from_training_to_serving(name, tmp_path):
     """The recipe that trained a model packs it, without data, and the checkpoint gives the same outputs."""
     model, x = Blocks(), numbers(0, 16, 32)

@@ -77,6 +77,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_gspmd_gives_the_numbers_of_one_device(name, mesh, single):
     w, x, dy = (NamedSharding(mesh, spec) for spec in PLACES[name])
@@ -114,7 +115,7 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "column")) for n in MAPS])
 def test_shard_map_gives_the_numbers_of_one_device(name, mesh, single):
     """Largest values are shared by the axes over which operands differ; random bits are those of the global place."""
     specs, out, psum = MAPS[name]
@@ -138,6 +139,7 @@ def collectives(prepared) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_one_collective_a_pass(mesh):
     """The largest values of x, x turned and w travel together, those of both copies of dy too."""
     specs, out, _ = MAPS["column"]
@@ -152,6 +154,7 @@ def test_one_collective_a_pass(mesh):
     assert collectives(train.prepare(model, mx, {"w": W}, X))["max"] == 0
 
 
+@pytest.mark.slow
 def test_delayed_scales_see_the_whole(mesh):
     o = {"format": "fp8", "scaling": "delayed"}
     mine = recipe(input=o, weight=o, grad={**o, "format": "fp8_e5m2"})
@@ -174,6 +177,7 @@ def test_a_blind_shard_map_is_refused(mesh):
         prepared.apply({"w": W}, X)
 
 
+@pytest.mark.slow
 def test_explicit_axes(single):
     mesh = jax.make_mesh((4, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
