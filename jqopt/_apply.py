@@ -202,7 +202,7 @@ class Executor(Sited):
         product, out = found[0][0], eqn.outvars[0].aval
         if isinstance(product, Product):
             run = functools.partial(_attention_ops.run, *found[0], eqn)
-            return [_placed(lambda *xs: run(xs, state.get(product.key, {})), out)(*values)], state
+            return [placed(lambda *xs: run(xs, state.get(product.key, {})), out)(*values)], state
         weight, out = values[found[0][0].operand], eqn.outvars[0].aval
         if not _jaxpr.is_quantized(weight):
             return _jaxpr.bind(eqn, values), state
@@ -210,7 +210,7 @@ class Executor(Sited):
         def run(*values: Any) -> jax.Array:
             return self._site(eqn, values, found, out)
 
-        return [_placed(run, out)(*values)], state
+        return [placed(run, out)(*values)], state
 
     def _site(self, eqn: Any, values: Sequence[Any], found: list, out: Any) -> jax.Array:
         site, decision = found[0]
@@ -293,14 +293,14 @@ def low_rank(rows: jax.Array, tensor: QTensor) -> jax.Array | None:
     return wide("...mr,...nr->...mn", down.astype(jnp.bfloat16), tensor.low_b)
 
 
-def _placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., Any]:
+def placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., Any]:
     """On a mesh with Explicit axes: `run` with the compiler placing what is inside, its result as the model's was."""
     sharding = getattr(out, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return run
-    placed: Any = jax.sharding.auto_axes(run, out_sharding=sharding)
-    return placed
+    inside: Any = jax.sharding.auto_axes(run, out_sharding=sharding)
+    return inside
 
 
 def _output_axis(eqn: Any, side: int, axis: int) -> int:

@@ -47,20 +47,34 @@ def divide(x: Array | float, y: Array | float) -> Array:
     return lax.div(x, lax.select_n(lax.ne(x, x), y, lax.full_like(y, 1.0)))
 
 
+def written(x: Array) -> Array:
+    """x in float32, computed once and written, where XLA would compute it again in each kernel that reads it.
+
+    A division is too costly for XLA to repeat; an optimization barrier is gone before it fuses on CPUs. So the kernels
+    of a quantizer hold nothing but the quantizer, and are compiled once for all sites of a shape.
+    """
+    x = x.astype(jnp.float32)
+    return lax.div(x, lax.select_n(lax.ne(x, x), lax.full_like(x, 1.0), x))
+
+
 # Elements: one code for one value -----------------------------------------------------------------------------------
 
 
-def encode(x: Array, element: Element) -> Array:
+def encode(x: Array, element: Element, dither: Array | None = None) -> Array:
     """Codes of x, rounded to nearest, ties to even, saturating: uint8, or int8 for signed integers; not packed.
 
     Not finite: inf saturates; NaN has no code (floats give the largest, integers are undefined).
+
+    Args:
+        dither: of floats, of x's shape, in [0, 1): rounds up in magnitude where the part of the step that x lies above
+            the value below it, plus this, reaches 1. Uniform random numbers round stochastically.
     """
     if element.kind == "int":
         codes = jnp.clip(jnp.round(x), element.min, element.max)
         return codes.astype(jnp.int8 if element.min < 0 else jnp.uint8)
     if element.kind == "table":
         return _count_above(x, element)
-    return _encode_float(x, element)
+    return _encode_float(x, element, dither)
 
 
 def decode(codes: Array, element: Element) -> Array:
@@ -75,12 +89,16 @@ def decode(codes: Array, element: Element) -> Array:
     return _decode_float(codes, element)
 
 
-def round_to(x: Array, element: Element) -> Array:
-    """decode(encode(x)), bit for bit, without going through the codes; but NaN stays NaN."""
+def round_to(x: Array, element: Element, dither: Array | None = None) -> Array:
+    """decode(encode(x, dither)), bit for bit, without going through the codes; but NaN stays NaN, unless dithered."""
     if element.kind == "int":
         return jnp.clip(jnp.round(x), element.min, element.max).astype(jnp.int32).astype(jnp.float32)
     if element.kind == "table":
         return _select(_count_above(x, element), element.table)
+    if dither is not None:
+        bits = to_bits(x)
+        rounded = _round_magnitude(_magnitude(bits, element), element, dither)
+        return from_bits(lax.bitwise_or(to_bits(rounded), _sign(bits, element)))
     most = np.float32(element.max)
     return _round_float(lax.clamp(-most, x if x.dtype == jnp.float32 else x.astype(jnp.float32), most), element)
 
@@ -123,19 +141,29 @@ def _sign(bits: Array, element: Element) -> Array:
     return lax.select_n(zero, sign, lax.full_like(sign, 0))
 
 
-def _steps(magnitude: Array, element: Element) -> tuple[Array, Array]:
+def _steps(magnitude: Array, element: Element, dither: Array | None) -> tuple[Array, Array]:
     """Bits of the power of two at or below the value (of the smallest normal one below it); the value in its steps.
 
-    A power of two is its exponent bits alone: one `and` finds it, and subtractions of bits divide by it.
+    A power of two is its exponent bits alone: one `and` finds it, and subtractions of bits divide by it. The product
+    with its inverse is exact, so that a compiler may contract it with the sum of the dither.
     """
     power = lax.max(lax.bitwise_and(magnitude, np.uint32(_INFINITY)), _word(2.0 ** (1 - element.bias)))
     inv_step = from_bits(lax.sub(np.uint32((254 + element.mantissa_bits) << 23), power))
-    return power, lax.round(lax.mul(from_bits(magnitude), inv_step), lax.RoundingMethod.TO_NEAREST_EVEN)
+    exact = lax.mul(from_bits(magnitude), inv_step)
+    if dither is not None:
+        return power, lax.floor(lax.add(exact, dither))
+    return power, lax.round(exact, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
-def _encode_float(x: Array, element: Element) -> Array:
+def _round_magnitude(magnitude: Array, element: Element, dither: Array | None) -> Array:
+    """The float32 with these bits (not negative, at most the largest value), rounded to the element's values."""
+    power, steps = _steps(magnitude, element, dither)
+    return lax.mul(steps, from_bits(lax.sub(power, np.uint32(element.mantissa_bits << 23))))
+
+
+def _encode_float(x: Array, element: Element, dither: Array | None) -> Array:
     bits = to_bits(x)
-    power, steps = _steps(_magnitude(bits, element), element)
+    power, steps = _steps(_magnitude(bits, element), element, dither)
     binade = lax.shift_right_logical(
         lax.sub(power, _word(2.0 ** (1 - element.bias))), np.uint32(23 - element.mantissa_bits)
     )
@@ -299,7 +327,7 @@ def _safe(scale: Array) -> Array:
     return jnp.where(scale < TINY, 1.0, scale)
 
 
-def _exponent_from_amax(amax: Array, largest: float) -> Array:
+def exponent_from_amax(amax: Array, largest: float) -> Array:
     """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for 0, 127 for inf, 255 for NaN.
 
     As uint32. This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the
@@ -351,7 +379,7 @@ def _find_scales(
     given = tensor_amax is not None or tensor_scale is not None
     amax = amax_of(tiles, (-3, -1)) if tile_amax is None else tile_amax
     if format.scale.name == "e8m0":
-        return _Scales(_exponent_from_amax(amax, format.element.max), None)
+        return _Scales(exponent_from_amax(amax, format.element.max), None)
     if not (format.global_scale or given):
         scale = scale_from_amax(amax, format)
         return _Scales(scale, scale)

@@ -50,7 +50,7 @@ def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
     if spec.granularity == "block" and spec.format.tile is not None and spec.format.tile[1] <= _UNROLLED:
-        rows = _written(rows)
+        rows = _numerics.written(rows)
     values = _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
     if spec.format.element.kind == "float":  # rounding floats keeps NaN
         return values
@@ -59,16 +59,6 @@ def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> ja
 
 
 _UNROLLED = 16  # LLVM unrolls a maximum over so many values, and whatever has been fused into it as many times
-
-
-def _written(x: jax.Array) -> jax.Array:
-    """x, computed once and written, where XLA would compute it again in the block maximum and in the rounding.
-
-    So the kernels of a quantizer hold nothing but the quantizer, and are compiled once for all sites of a shape. A
-    division is too costly for XLA to repeat; an optimization barrier is gone before it fuses on CPUs.
-    """
-    x = x.astype(jnp.float32)
-    return lax.div(x, lax.select_n(lax.ne(x, x), lax.full_like(x, 1.0), x))
 
 
 def _qdq_fwd(x, scale, spec):

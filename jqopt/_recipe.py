@@ -11,7 +11,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib.resources
-import json
 import math
 import os
 import re
@@ -23,14 +22,26 @@ from typing import Annotated, Any, Literal, Protocol
 import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
 from yaml.composer import ComposerError
 from yaml.scanner import ScannerError
 
 from jqopt import formats
+from jqopt._recipe_base import Model as _Model
+from jqopt._recipe_base import canonical as _canonical
+from jqopt._recipe_base import choice as _choice
+from jqopt._recipe_base import count as _count
+from jqopt._recipe_base import key as _key
+from jqopt._recipe_base import keys as _keys
+from jqopt._recipe_base import near as _near
+from jqopt._recipe_base import one_of as _one_of
+from jqopt._recipe_base import show as _show
+from jqopt._recipe_base import text as _text
+from jqopt._recipe_base import truth as _truth
+from jqopt._recipe_train import TrainOperand, TrainSpec
 from jqopt.errors import RecipeError
 
 SCHEMA = 1
+FOLDERS = ("train", "defaults")
 OPS = ("dot_general", "conv", "ragged_dot", "gather")
 
 GRANULARITIES = ("tensor", "channel", "token", "block")
@@ -73,6 +84,10 @@ class AlgorithmSpec:
     def __hash__(self) -> int:
         return hash(_canonical(self.to_dict()))
 
+    def spell(self) -> Any:
+        """As short as a recipe file may write it: the bare name, where there are no options."""
+        return self.to_dict() if self.options else self.name
+
     def to_dict(self) -> dict[str, Any]:
         """{"name": name, option: value, ...}, as a recipe file spells it."""
         return {"name": self.name, **self.options}
@@ -93,40 +108,8 @@ class AlgorithmSpec:
 MAX = AlgorithmSpec("max")
 
 
-def _keys(model: type[pydantic.BaseModel]) -> list[str]:
-    """The keys of a model as files spell them."""
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _canonical(data: object) -> str:
-    """JSON with one spelling for each value."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Small checks: each returns what the file says in one shape, or raises ValueError saying what to write.
-
-
-def _near(word: object, known: tuple[str, ...] | list[str], cutoff: float = 0.5) -> str:
-    """The hint `; did you mean 'x'?`, or nothing."""
-    match = difflib.get_close_matches(str(word).lower(), known, n=1, cutoff=cutoff)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _show(value: object) -> str:
-    """A found value in words, short: "the number 8", "the text 'yes'"."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "the truth value true", False: "the truth value false"}[value]
-    words = {str: "the text ", int: "the number ", float: "the number ", list: "a list ", dict: "a mapping "}
-    text = repr(value)
-    return words.get(type(value), "") + (text if len(text) <= 60 else text[:57] + "...")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, str) and value.strip():
-        return value
-    hint = f'; write it in quotes: "{value}"' if type(value) in (int, float) else ""
-    raise ValueError(f"found {_show(value)}, expected text{hint}")
 
 
 def _prose(value: object) -> str:
@@ -135,20 +118,6 @@ def _prose(value: object) -> str:
 
 def _names(value: object) -> tuple[str, ...]:
     return _each(_text)(value) if value not in ([], ()) else ()
-
-
-def _truth(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-    hint = word.get(str(value).lower())
-    raise ValueError(f"found {_show(value)}, expected true or false" + (f"; write {hint}" if hint else ""))
-
-
-def _count(value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    raise ValueError(f"found {_show(value)}, expected a positive whole number")
 
 
 def _block(value: object) -> int | tuple[int, int]:
@@ -248,15 +217,6 @@ def _format_name(value: object) -> str:
     meant = next((name for name, words in _FORMAT_WORDS.items() if word in words), None)
     hint = f"; did you mean {meant!r}?" if meant else _near(word, formats.names()) or "."
     raise ValueError(f"unknown format {value!r}{hint}{known}")
-
-
-def _choice(*known: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if value in known:
-            return str(value)
-        raise ValueError(f"found {_show(value)}, expected one of {', '.join(known)}{_near(value, known)}")
-
-    return check
 
 
 def _plain(value: object, at: str) -> Any:
@@ -382,10 +342,6 @@ def _schema_version(value: object) -> int:
     raise ValueError(f"found {_show(value)}, expected the version of the recipe format; write schema: {SCHEMA}")
 
 
-def _one_of(known: tuple[str, ...]) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "enum": list(known)})
-
-
 def _names_schema(known: tuple[str, ...] = (), at_least: int = 1) -> WithJsonSchema:
     one: dict[str, Any] = {"type": "string", **({"enum": list(known)} if known else {})}
     return WithJsonSchema({"anyOf": [one, {"type": "array", "items": one, "minItems": at_least}]})
@@ -429,38 +385,6 @@ _Fuse = Annotated[tuple[tuple[str, ...], ...], PlainValidator(_fuse), WithJsonSc
 
 # ------------------------------------------------------------------------------------------------------------
 # The values a recipe is made of.
-
-
-def _key(description: str) -> Any:
-    """A key that may be left out; the description is for editors, through the JSON Schema."""
-    return Field(default=None, description=description)
-
-
-class _Model(pydantic.BaseModel):
-    """Frozen; unknown keys are refused with the nearest right one; equal when the fields are equal."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: object) -> object:
-        known = _keys(cls)
-        for key in data if isinstance(data, Mapping) else ():
-            if key not in known:
-                space = f"; put a space after the colon: {str(key).replace(':', ': ', 1)!r}" if ":" in str(key) else ""
-                text = f"unknown key {key!r}{space or _near(key, known) or '.'} Known: {', '.join(known)}"
-                raise PydanticCustomError("unknown_key", "{text}", {"text": text, "key": key})
-        return data
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__dict__ == other.__dict__
-
-    def __hash__(self) -> int:
-        return hash((type(self).__name__, _canonical(self.to_dict())))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as a recipe file spells it; keys at their defaults are left out."""
-        return {key: _short(value) for key, value in self if value is not None}
 
 
 class TensorSpec(_Model):
@@ -807,6 +731,7 @@ class Recipe(_Model):
     kv_cache: _KvCache | None = _key("how attention's keys and values are quantized, as a cache would hold them")
     attention: AttentionSpec | None = _key("how attention's operands q, k, v and p are quantized")
     algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
+    train: TrainSpec | None = _key("how the weights that the rules quantize are trained: the operands of each GEMM")
     layerwise: _Truth | None = _key("solve each layer on what the quantized layers before it give")
     fuse: _Fuse | None = _key("sets of patterns: weights that share a scale, in place of what the dataflow says")
 
@@ -845,6 +770,7 @@ class Recipe(_Model):
         data["rules"] = [rule.to_dict() for rule in self.rules]
         data |= {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
         data |= {} if self.attention is None else {"attention": self.attention.to_dict()}
+        data |= {} if self.train is None else {"train": self.train.to_dict()}
         data |= {} if self.fuse is None else {"fuse": [list(patterns) for patterns in self.fuse]}
         data |= {} if self.layerwise is None else {"layerwise": self.layerwise}
         inherits = self.extends and "algorithm" not in self.model_fields_set
@@ -878,17 +804,8 @@ def _split_operands(operands: Mapping[str, OperandSpec]) -> dict[str, Any]:
     return {"kv_cache": k, "attention": AttentionSpec(**rest) if rest else None}
 
 
-def _short(value: object) -> Any:
-    """A field's value as plain data: a list of one as its entry."""
-    if isinstance(value, tuple):
-        return value[0] if len(value) == 1 else list(value)
-    if isinstance(value, AlgorithmSpec):
-        return value.to_dict() if value.options else value.name
-    return value.to_dict() if isinstance(value, _Model) else value
-
-
 def _short_algorithm(specs: tuple[AlgorithmSpec, ...]) -> Any:
-    plain = [spec.to_dict() if spec.options else spec.name for spec in specs]
+    plain = [spec.spell() for spec in specs]
     return plain[0] if len(plain) == 1 else plain
 
 
@@ -982,14 +899,14 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     _refuse_idle(file, rules, part.operands)
     update = {
         "rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse,
-        "layerwise": part.layerwise,
+        "layerwise": part.layerwise, "train": part.train,
     }  # fmt: skip
     return part.recipe.model_copy(update=update | _split_operands(part.operands))
 
 
 def list_recipes() -> dict[str, str]:
-    """What each shipped recipe is, by name, sorted. `defaults/...` are parts for `extends` and not listed."""
-    names = [name for name in _shipped() if "/" not in name]
+    """What each shipped recipe is, by name: `train/...` last. `defaults/...` are parts for `extends` and not listed."""
+    names = [name for name in _shipped() if not name.startswith("defaults/")]
     return {name: _parsed(_open(name)).description for name in names}
 
 
@@ -1003,6 +920,7 @@ class _Part:
     algorithm: tuple[AlgorithmSpec, ...] | None
     fuse: tuple[tuple[str, ...], ...] | None
     layerwise: bool | None
+    train: TrainSpec | None
     operands: dict[str, OperandSpec]
 
 
@@ -1025,6 +943,7 @@ def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
         algorithm or next((base.algorithm for base in bases if base.algorithm), None),
         next((part.fuse for part in (recipe, *bases) if part.fuse is not None), None),
         next((part.layerwise for part in (recipe, *bases) if part.layerwise is not None), None),
+        next((part.train for part in (recipe, *bases) if part.train is not None), None),
         functools.reduce(lambda above, base: {**base.operands, **above}, bases, _placed_operands(recipe, file)),
     )
 
@@ -1118,7 +1037,7 @@ def _explained(error: pydantic.ValidationError, file: _File) -> RecipeError:
 
 _KEYS_OF = {
     model.__name__: ", ".join(_keys(model))
-    for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec, OperandSpec, AttentionSpec)
+    for model in (Recipe, Rule, Match, ShapeMatch, TensorSpec, OperandSpec, AttentionSpec, TrainSpec, TrainOperand)
 }
 
 
@@ -1143,8 +1062,10 @@ def _recipes_dir() -> Traversable:
 def _shipped() -> tuple[str, ...]:
     """The names of all shipped recipes and parts, sorted, recipes first."""
     root = _recipes_dir()
-    parts = [f"defaults/{f.name}" for f in (root / "defaults").iterdir()]
-    files = sorted(f.name for f in root.iterdir()) + sorted(parts)
+    folders = [
+        sorted(f"{name}/{f.name}" for f in (root / name).iterdir()) for name in FOLDERS if (root / name).is_dir()
+    ]
+    files = sorted(f.name for f in root.iterdir()) + [name for names in folders for name in names]
     return tuple(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 

@@ -13,7 +13,8 @@ from jqopt._recipe import AlgorithmSpec, Recipe, TensorSpec, list_recipes, load_
 from jqopt.errors import RecipeError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PRESETS = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+TRAINING = sorted(f"train/{path.stem}" for path in (ROOT / "recipes/train").glob("*.yaml"))
+PRESETS = [*sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")), *TRAINING]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 

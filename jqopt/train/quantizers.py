@@ -24,6 +24,7 @@ from jqopt._numerics import (
     from_tiles,
     pack,
     quantize_matrix,
+    round_to,
     spread,
     to_bits,
     to_tiles,
@@ -34,8 +35,8 @@ from jqopt.formats import E2M1, E4M3, Element
 
 # Signs of the random Hadamard transform: drawn once, the same in every layer and step (TransformerEngine's own).
 RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-_F32_MAX = float(np.finfo(np.float32).max)
-_SIXTH = float(np.float32(1) / np.float32(6))
+F32_MAX = float(np.finfo(np.float32).max)
+SIXTH = float(np.float32(1) / np.float32(6))
 # An encode scale above 2^120 (amax below 2e-33) has a reciprocal that backends without subnormals flush to zero.
 _LARGEST_ENCODE = 2.0**120
 
@@ -85,15 +86,15 @@ def nvfp4(
     if amax is None:
         amax = amax_of(x, (-1,) if row_scaled else (-2, -1))
     amax = amax.astype(jnp.float32)
-    encode_scale = _encode_scale(amax, 6 * e4m3_max)
-    whole = encode_scale[..., None] if row_scaled else encode_scale[..., None, None]
+    whole_scale = encode_scale(amax, 6 * e4m3_max)
+    whole = whole_scale[..., None] if row_scaled else whole_scale[..., None, None]
     block_amax = amax_of(tiles, (-3, -1))
     if four_over_six is None:
-        codes, scale = _codes(tiles, encode(block_amax * (whole * _SIXTH), E4M3), whole)
+        codes, scale = _codes(tiles, block_scale(block_amax, whole), whole)
     else:
-        codes, scale = _four_over_six(tiles, block_amax, whole, amax, row_scaled, four_over_six, e4m3_max)
+        codes, scale = four_over_six_codes(tiles, block_amax, whole, amax, row_scaled, four_over_six, e4m3_max)
     data = pack(from_tiles(codes, *x.shape[-2:]), E2M1.bits)
-    return Nvfp4(data, jnp.repeat(scale, tile[0], axis=-2), divide(1.0, encode_scale), amax)
+    return Nvfp4(data, jnp.repeat(scale, tile[0], axis=-2), divide(1.0, whole_scale), amax)
 
 
 def nvfp4_values(q: Nvfp4) -> Array:
@@ -120,20 +121,41 @@ def _check(x: Array, tile: tuple[int, int], row_scaled: bool, four_over_six: str
         )
 
 
-def _encode_scale(amax: Array, largest: float) -> Array:
+def encode_scale(amax: Array, largest: float) -> Array:
+    """What the whole is multiplied by, so that its amax becomes `largest`; 1 of zeros."""
     scale = jnp.minimum(divide(largest, amax), _LARGEST_ENCODE)
     return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
 
 
+def block_scale(amax: Array, whole: Array, up: bool = False) -> Array:
+    """The block scales of these amax under a global encode scale, float32 values of e4m3.
+
+    `up`: never below the exact scale. Rounded to nearest, half of all blocks get a scale that is too small, and their
+    largest values saturate. That biases stochastic rounding; a scale rounded up doesn't.
+    """
+    exact = amax * (whole * SIXTH)
+    near = round_to(exact, E4M3)
+    if not up:
+        return near
+    # The next value: one step of the mantissa of a normal number, of 2^-9 below those.
+    step = from_bits(jnp.maximum(to_bits(near) & np.uint32(0x7F800000), np.uint32(121 << 23)) - np.uint32(3 << 23))
+    return jnp.where(near < exact, jnp.minimum(near + step, E4M3.max), near)
+
+
+def block_encode_scale(scale: Array, whole: Array) -> Array:
+    """What values of a block with this scale (the value of an e4m3) are multiplied by."""
+    return jnp.minimum(divide(1.0, scale * divide(1.0, whole)), F32_MAX)
+
+
 def _codes(tiles: Array, scale: Array, whole: Array) -> tuple[Array, Array]:
-    """Codes under block scales (e4m3 bits) and a global encode scale, and the same scales."""
-    inverse = jnp.minimum(divide(1.0, decode(scale, E4M3) * divide(1.0, whole)), _F32_MAX)
-    return encode(tiles * spread(inverse), E2M1), scale
+    """Codes under block scales (values of e4m3) and a global encode scale, and the scales as bits."""
+    return encode(tiles * spread(block_encode_scale(scale, whole)), E2M1), encode(scale, E4M3)
 
 
-def _four_over_six(tiles, block_amax, whole, amax, row_scaled, measure, e4m3_max) -> tuple[Array, Array]:
+def four_over_six_codes(tiles, block_amax, whole, amax, row_scaled, measure, e4m3_max) -> tuple[Array, Array]:
+    """(codes in tiles, block scales as e4m3 bits): of two scales a block the one with the smaller error."""
     base = divide(block_amax, 6.0) * whole
-    six, four = (_codes(tiles, encode(base * factor, E4M3), whole) for factor in (1.0, 1.5))
+    six, four = (_codes(tiles, round_to(base * factor, E4M3), whole) for factor in (1.0, 1.5))
     amax = amax[..., None, None, None] if not row_scaled else amax[..., None, None]
     errors = [_error(tiles, *choice, amax, measure, e4m3_max) for choice in (six, four)]
     better = errors[1] < errors[0]
@@ -145,7 +167,7 @@ def _error(tiles, codes, scale, amax, measure, e4m3_max) -> Array:
     values = decode(codes, E2M1) * spread(decode(scale, E4M3)) * amax[..., None]
     difference = divide(values, 6 * e4m3_max) - tiles
     # The bound changes nothing but keeps the compiler from contracting `sum + d * d` into one rounding.
-    error = jnp.abs(difference) if measure == "mae" else jnp.minimum(difference * difference, _F32_MAX)
+    error = jnp.abs(difference) if measure == "mae" else jnp.minimum(difference * difference, F32_MAX)
     total = jnp.zeros(error.shape[:-1], jnp.float32)
     for i in range(error.shape[-1]):
         total = total + error[..., i]
@@ -156,22 +178,27 @@ def _error(tiles, codes, scale, amax, measure, e4m3_max) -> Array:
     return total[..., 0, :]
 
 
-def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS) -> Array:
-    """The random Hadamard transform of each 16 consecutive values of the last axis, rounded to bfloat16 (kept float32).
+def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS, axis: int = -1) -> Array:
+    """The random Hadamard transform of each 16 consecutive values of an axis, rounded to bfloat16 (kept float32).
 
     (1/4) * diag(signs) @ H16: orthogonal, so two operands transformed alike along their contraction give the same
     product. Sums run as a butterfly: the same order, hence the same bits, on every device and in every transformation.
 
+    Args:
+        axis: -1, or -2: down the rows.
+
     Raises:
-        UnsupportedError: the last axis is not a multiple of 16.
+        UnsupportedError: the axis is not a multiple of 16.
     """
-    if x.shape[-1] % 16:
-        raise UnsupportedError(f"hadamard16: the last axis of {x.shape} is not a multiple of 16; pad it with zeros")
-    y = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 16) * jnp.asarray(signs, jnp.float32)
+    if x.shape[axis] % 16:
+        raise UnsupportedError(f"hadamard16: axis {axis} of {x.shape} is not a multiple of 16; pad it with zeros")
+    lead, last = x.shape[: axis % x.ndim], x.shape[-1:] if axis == -2 else (1,)
+    y = x.astype(jnp.float32).reshape(*lead, -1, 16, *last) * jnp.asarray(signs, jnp.float32)[:, None]
+    sign = jnp.asarray([1, -1], jnp.float32)[:, None, None]
     for half in (8, 4, 2, 1):
-        pairs = y.reshape(*x.shape[:-1], -1, 16 // (2 * half), 2, half)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = jnp.stack([a + b, a - b], axis=-2)
+        pairs = y.reshape(*lead, -1, 16 // (2 * half), 2, half, *last)
+        # a + b, a - b, written so that nothing is concatenated: it stays one loop
+        y = pairs[..., :1, :, :] + sign * pairs[..., 1:, :, :]
     # reduce_precision, not astype: XLA may drop a cast to bfloat16 and back.
     return lax.reduce_precision(y.reshape(x.shape) * 0.25, 8, 7)
 
@@ -195,13 +222,18 @@ def mxfp8(x: Array, element: Element = E4M3) -> Fp8:
     return Fp8(*quantize_matrix(x, format)[:2])
 
 
+def fp8_scale(amax: Array, element: Element, power_of_two: bool = False) -> Array:
+    """What values with these largest ones are multiplied by; 1 where that is 0 or infinite."""
+    scale = jnp.minimum(divide(element.max, amax), F32_MAX)
+    if power_of_two:  # rounded down: the exponent bits alone
+        scale = from_bits(to_bits(scale) & 0x7F800000)
+    return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+
+
 def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Array | None) -> Fp8:
     tiles = to_tiles(x.astype(jnp.float32), tile)
     amax = amax_of(tiles, (-3, -1)) if amax is None else amax.astype(jnp.float32)[..., None, None]
-    scale = jnp.minimum(divide(element.max, amax), _F32_MAX)
-    if power_of_two:  # rounded down: the exponent bits alone
-        scale = from_bits(to_bits(scale) & 0x7F800000)
-    scale = jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+    scale = fp8_scale(amax, element, power_of_two)
     codes = encode(tiles * spread(scale), element)
     return Fp8(from_tiles(codes, *x.shape[-2:]), divide(1.0, scale))
 

@@ -103,6 +103,16 @@ def test_qlora(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_lm(tmp_path):
+    """Ten steps with the same seeds and data: FP8 near bfloat16, NVFP4 not far; resumed in the middle, bit for bit."""
+    text = output_of("train_lm.py", "--steps", "10", folder=tmp_path, **ADAM)
+    gaps = {name: float(gap) for name, gap in re.findall(r"^(\w+(?: plain)?) .*gap ([+-][\d.]+)%$", text, re.MULTILINE)}
+    assert list(gaps) == ["fp8_current", "mxfp8", "nvfp4", "nvfp4 plain"]
+    assert abs(gaps["fp8_current"]) < 1 and abs(gaps["mxfp8"]) < 1 and abs(gaps["nvfp4"]) < 5
+    assert "resumed in the middle, bit for bit: True" in text
+
+
+@pytest.mark.slow
 def test_quantized_kv_cache(tmp_path):
     text = output_of("quantized_kv_cache.py", folder=tmp_path)
     rows = re.findall(r"(fp8 cast|nvfp4 static) +([\d,]+) bytes, ([\d.]+)% of bfloat16; .* agrees on ([\d.]+)%", text)

@@ -1,0 +1,287 @@
+"""A linear layer's three GEMMs on quantized operands: y = x w^T, dx = dy w, dw = dy^T x, as one custom derivative.
+
+Each operand is quantized once for each GEMM that reads it (rowwise, columnwise); what the backward pass reads is kept
+as packed codes, named for remat policies. See docs/training.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jqopt import _compat
+from jqopt._recipe_train import TrainSpec
+from jqopt.errors import UnsupportedError
+from jqopt.train import _dither
+from jqopt.train._operand import COLUMNS, ROWS, Measured, Quantizer, codes, measure, pinned, quantizer, unpacked
+from jqopt.train._operand import values as quantized
+
+NAME = "jqopt_q"
+"""What the packed codes of the backward pass, and the outputs of quantized products, are called for remat policies."""
+
+INPUT, WEIGHT, GRAD = 0, 1, 2
+"""Places of the operands in the scales of delayed scaling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemms:
+    """The static facts of a site: a quantizer, or None, for each copy of each operand.
+
+    `dtypes`: of x, w and y. `amax_axes`: mesh axes of a shard_map over which largest values are shared. `spread`: how
+    many devices' cotangents of the delayed scales are summed.
+    """
+
+    input: tuple[Quantizer | None, Quantizer | None]
+    weight: tuple[Quantizer | None, Quantizer | None]
+    grad: tuple[Quantizer | None, Quantizer | None]
+    backward: str = "quantized"
+    scope: str = "global"
+    dtypes: tuple[str, str, str] = ("float32", "float32", "float32")
+    amax_axes: tuple[str, ...] = ()
+    spread: int = 1
+    ragged: bool = False
+    where: str = ""
+
+    @property
+    def stochastic(self) -> bool:
+        return any(q is not None and q.stochastic for q in self.grad)
+
+    @property
+    def delayed(self) -> bool:
+        return any(q is not None and q.delayed for q in (*self.input, *self.weight, *self.grad))
+
+    @property
+    def kept(self) -> tuple[tuple[Quantizer | None, int], tuple[Quantizer | None, int]]:
+        """How x and w are kept for the backward pass: (quantizer, the axis its copy is contracted along)."""
+        if self.backward == "high_precision":
+            return (None, COLUMNS), (None, COLUMNS)
+        if self.backward == "dequantized":
+            return (self.input[0], ROWS), (self.weight[0], ROWS)
+        return (self.input[1], COLUMNS), (self.weight[1], COLUMNS)
+
+
+def gemms(spec: TrainSpec, ragged: bool = False, where: str = "") -> Gemms:
+    """What a recipe's section asks of a site. Ragged products have no Hadamard transform: it would mix groups."""
+
+    def both(o: Any) -> tuple[Quantizer | None, Quantizer | None]:
+        return (None, None) if o is None else (quantizer(o), quantizer(o.columns, hadamard=not ragged))
+
+    operands = (both(spec.input), both(spec.weight), both(spec.grad))
+    return Gemms(*operands, spec.backward, spec.amax_scope, ragged=ragged, where=where)
+
+
+def linear(
+    how: Gemms, x: Array, w: Array, scales: Array | None = None, key: Array | None = None, groups: Array | None = None
+) -> Array:
+    """x [*stack, m, k] times w [*stack, n, k], transposed, on quantized operands: [*stack, m, n] in y's dtype.
+
+    Args:
+        scales: of delayed scaling: encode scales float32 [3] of x, w and dy. Their cotangent is not a derivative but
+            the largest values of this step, float32 [3].
+        key: uint32 [4] for stochastic rounding of dy: two words of a key, the first row and the first column that this
+            device holds. Only gradients need it.
+        groups: of ragged products (x [m, k], w [g, n, k]): int32 [g], how many rows each w has.
+    """
+    return checkpoint_name(_product(how, x, w, scales, key, groups), NAME)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any) -> Array:
+    return _forward(how, x, w, scales, groups, False)[0]
+
+
+def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training: bool) -> tuple[Array, Any]:
+    operands = [pinned(x), pinned(w)]
+    wanted: list[tuple[int, Quantizer, int]] = []  # (operand, quantizer, axis), each once
+    for i, pair in enumerate((how.input, how.weight)):
+        copies = [(pair[0], ROWS), how.kept[i]] if training else [(pair[0], ROWS)]
+        for q, axis in copies:
+            if q is not None and _found(wanted, i, q, axis) is None:
+                wanted.append((i, q, axis))
+    measured = _shared([(q, measure(operands[i], q, axis)) for i, q, axis in wanted], how.amax_axes)
+    given = [None if scales is None else scales[i] for i in (INPUT, WEIGHT)]
+
+    def copy(i: int, q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
+        if q is None:
+            return operands[i], None
+        return quantized(measured[_at(wanted, i, q, axis)], q, axis, _delayed(q, given[i]))
+
+    a, b = copy(INPUT, how.input[0], ROWS), copy(WEIGHT, how.weight[0], ROWS)
+    y = FPROP[how.ragged](*a, *b, groups).astype(how.dtypes[2])
+    if not training:
+        return y, None
+    kept = []
+    for i, (q, axis) in enumerate(how.kept):
+        if q is None:
+            kept.append((x, w)[i])
+        else:
+            at = _at(wanted, i, q, axis)
+            kept.append(checkpoint_name(codes(measured[at], q, wanted[at][2], _delayed(q, given[i])), NAME))
+    amax = None
+    if scales is not None:
+        amax = [jnp.max(measured[at].whole) if at is not None else jnp.zeros((), jnp.float32)
+                for at in (_first(wanted, INPUT), _first(wanted, WEIGHT))]  # fmt: skip
+    return y, (kept, jnp.zeros((0, x.shape[-1])), scales, amax)
+
+
+def _delayed(q: Quantizer, scale: Array | None) -> Array | None:
+    return scale if q.delayed else None
+
+
+def _found(wanted: Sequence[tuple[int, Quantizer, int]], i: int, q: Quantizer, axis: int) -> int | None:
+    for at, (j, other, along) in enumerate(wanted):
+        if i == j and q == other and (axis == along or q.same_both_ways(other)):
+            return at
+    return None
+
+
+def _at(wanted: Sequence[tuple[int, Quantizer, int]], i: int, q: Quantizer, axis: int) -> int:
+    at = _found(wanted, i, q, axis)
+    assert at is not None
+    return at
+
+
+def _first(wanted: Sequence[tuple[int, Quantizer, int]], i: int) -> int | None:
+    return next((at for at, (j, _, _) in enumerate(wanted) if i == j), None)
+
+
+def _shared(measured: list[tuple[Quantizer, Measured]], axes: tuple[str, ...]) -> list[Measured]:
+    """The largest values of whole tensors over these axes of a shard_map, in one collective."""
+    at = [i for i, (q, _) in enumerate(measured) if q.global_amax]
+    out = [m for _, m in measured]
+    if not axes or not at:
+        return out
+    flat = lax.pmax(jnp.concatenate([out[i].whole.reshape(-1) for i in at]), axes)
+    parts = jnp.split(flat, np.cumsum([out[i].whole.size for i in at])[:-1])
+    for i, part in zip(at, parts, strict=True):
+        out[i] = out[i]._replace(whole=part.reshape(out[i].whole.shape))
+    return out
+
+
+def _fwd(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any) -> tuple[Array, Any]:
+    y, kept = _forward(how, x, w, scales, groups, True)
+    return y, (kept, key, groups)
+
+
+def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
+    (kept, like, scales, amax), key, groups = residuals
+    if how.stochastic and key is None:
+        raise UnsupportedError(
+            f"{how.where or 'a linear layer'}: its recipe rounds gradients stochastically, and this gradient was asked "
+            "for without random numbers; pass a new key in each step, `apply(..., quant_key=jax.random.key(step))`"
+        )
+    dy = pinned(dy)
+    rows, columns = how.grad
+    shared = rows is not None and rows.same_both_ways(columns)
+    wanted = [(q, axis) for q, axis in ((rows, ROWS), (columns, COLUMNS)) if q is not None]
+    wanted = wanted[:1] if shared else wanted
+    measured = _shared([(q, measure(dy, q, axis)) for q, axis in wanted], how.amax_axes)
+    given = None if scales is None else scales[GRAD]
+
+    def copy(q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
+        if q is None:
+            return dy, None
+        m = measured[0 if shared else wanted.index((q, axis))]
+        dither = _bytes(key, axis, m.values.shape) if q.stochastic else None
+        return quantized(m, q, axis, _delayed(q, given), dither)
+
+    (xq, x_axis), (wq, w_axis) = how.kept
+    x, w = _read(kept[0], xq, x_axis, like.shape[1]), _read(kept[1], wq, w_axis, like.shape[1])
+    first = copy(rows, ROWS)
+    second = first if shared else copy(columns, COLUMNS)
+    dx = DGRAD[how.ragged](*first, *w, groups).astype(how.dtypes[0])
+    dw = WGRAD[how.ragged](*second, *x, groups).astype(how.dtypes[1])
+    seen = None
+    if scales is not None:
+        largest = jnp.max(measured[0].whole) if measured else jnp.zeros((), jnp.float32)
+        seen = jnp.stack([*amax, largest]) * jnp.float32(1 / how.spread)
+        seen = _compat.vary(seen, _compat.varying(scales))  # their sum over the devices is the largest value again
+    return dx, dw, seen, _no_gradient(key), _no_gradient(groups)
+
+
+def _bytes(key: Array, axis: int, shape: tuple[int, ...]) -> Array:
+    """Random numbers for a copy of dy: the two copies have their own."""
+    return _dither.uniform(_dither.folded(key[:2], 1 if axis == ROWS else 2), shape, key[2], key[3])
+
+
+def _no_gradient(x: Array | None) -> Any:
+    return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+
+
+_product.defvjp(_fwd, _bwd)
+
+
+def _read(kept: Any, q: Quantizer | None, axis: int, k: int) -> tuple[Array, Array | None]:
+    return (pinned(kept), None) if q is None else unpacked(kept, q, axis, k)
+
+
+# The products --------------------------------------------------------------------------------------------------------
+
+
+def _dot(a: Array, a_whole: Array | None, a_axis: int, b: Array, b_whole: Array | None, b_axis: int) -> Array:
+    """a, b contracted along these axes, leading axes batched: float32 [*stack, free of a, free of b]."""
+    a, a_whole = _outside(a, a_whole, a_axis)
+    b, b_whole = _outside(b, b_whole, b_axis)
+    lead = tuple(range(a.ndim - 2))
+    numbers = (((a.ndim + a_axis,), (b.ndim + b_axis,)), (lead, lead))
+    out = lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST, preferred_element_type=np.dtype(np.float32))
+    if a_whole is not None:
+        out = out * (a_whole if a_axis == ROWS else a_whole.mT)
+    return out if b_whole is None else out * (b_whole.mT if b_axis == ROWS else b_whole)
+
+
+def _outside(x: Array, whole: Array | None, axis: int) -> tuple[Array, Array | None]:
+    """A scale that differs along the contraction can't be applied to the product: it goes into the values."""
+    return (x, whole) if whole is None or whole.shape[axis] == 1 else (x * whole, None)
+
+
+def _fprop(x, x_whole, w, w_whole, groups) -> Array:
+    return _dot(x, x_whole, ROWS, w, w_whole, ROWS)
+
+
+def _dgrad(dy, dy_whole, w, w_whole, groups) -> Array:
+    return _dot(dy, dy_whole, ROWS, w, w_whole, COLUMNS)
+
+
+def _wgrad(dy, dy_whole, x, x_whole, groups) -> Array:
+    return _dot(dy, dy_whole, COLUMNS, x, x_whole, COLUMNS)
+
+
+def _scaled(x: Array, whole: Array | None) -> Array:
+    return x if whole is None else x * whole
+
+
+def _ragged(a: Array, b: Array, groups: Array, contract: tuple[int, int], rows: bool) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0] if rows else [],
+    )
+    return lax.ragged_dot_general(a, b, groups, numbers, precision=lax.Precision.HIGHEST,
+                                  preferred_element_type=np.dtype(np.float32))  # fmt: skip
+
+
+def _ragged_fprop(x, x_whole, w, w_whole, groups) -> Array:
+    return _ragged(_scaled(x, x_whole), _scaled(w, w_whole), groups, (1, 2), True)
+
+
+def _ragged_dgrad(dy, dy_whole, w, w_whole, groups) -> Array:
+    return _ragged(_scaled(dy, dy_whole), _scaled(w, w_whole), groups, (1, 1), True)
+
+
+def _ragged_wgrad(dy, dy_whole, x, x_whole, groups) -> Array:
+    return _ragged(_scaled(dy, dy_whole), _scaled(x, x_whole), groups, (0, 0), False)
+
+
+FPROP: tuple[Callable[..., Array], ...] = (_fprop, _ragged_fprop)
+DGRAD: tuple[Callable[..., Array], ...] = (_dgrad, _ragged_dgrad)
+WGRAD: tuple[Callable[..., Array], ...] = (_wgrad, _ragged_wgrad)
+"""The three products of a plain and of a ragged site."""
