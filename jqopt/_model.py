@@ -75,6 +75,8 @@ class QuantizedModel:
     """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
     floats: Callable[[], Any] | None = dataclasses.field(default=None, init=False, repr=False)
     """The float tree while somebody else holds it; a quantized model holds packed weights only."""
+    source: Any = dataclasses.field(default=None, init=False, repr=False)
+    """The Hugging Face folder that says which model it is (config.json, tokenizer), where that is known."""
 
     def __post_init__(self) -> None:
         function, made = self.plan.function, self.plan
