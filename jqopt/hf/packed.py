@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from jqopt import _numerics, formats
+from jqopt import formats
 from jqopt._plan import Decision
 from jqopt._qtensor import QTensor
 from jqopt._recipe import TensorSpec
@@ -214,7 +215,7 @@ def read_weight(folder: Folder, weight: Weight, decision: Decision, dtype: Any) 
     _check_bound(folder, weight, leaves, spec.element_format())
     if "input_scale" in leaves:
         leaves["input_scale"] = _shared_by_inner(folder, weight, leaves["input_scale"], stack, len(decision.outer))
-    shaped = {f: x if f == "input_scale" else x.reshape(*stack, *x.shape[1:]) for f, x in leaves.items()}
+    shaped = {f: x if f == "input_scale" else x.reshape((*stack, *x.shape[1:])) for f, x in leaves.items()}
     has = {f: jnp.asarray(x) for f, x in shaped.items()}
     return QTensor(
         has["data"], has["scale"], has.get("global_scale"), has.get("zero_point"), has.get("input_scale"),
@@ -239,7 +240,7 @@ def _shared_by_inner(
     folder: Folder, weight: Weight, scale: np.ndarray, stack: tuple[int, ...], outer: int
 ) -> np.ndarray:
     """[tensors] -> [*outer]: experts read one activation, and have one scale for it."""
-    rows = scale.reshape(*stack[:outer], -1)
+    rows = scale.reshape((*stack[:outer], -1))
     if not (rows == rows[..., :1]).all():
         raise UnsupportedError(
             f"{folder.model.folder}: {weight.place.path}: its matrices read one input, but have different input "
@@ -248,9 +249,15 @@ def _shared_by_inner(
     return rows[..., 0]
 
 
+def _decoded(scale: np.ndarray, format: formats.Format) -> np.ndarray:
+    """Stored scales as float32, without a device."""
+    dtypes = {"e4m3": ml_dtypes.float8_e4m3fn, "e8m0": ml_dtypes.float8_e8m0fnu}
+    return scale.view(dtypes[format.scale.name]).astype(np.float32) if format.scale.name in dtypes else scale
+
+
 def _check_bound(folder: Folder, weight: Weight, leaves: Mapping[str, np.ndarray], format: formats.Format) -> None:
     """The largest number that codes and scales allow must be one that weights can be."""
-    scale = np.asarray(_numerics.decode_scale(jnp.asarray(leaves["scale"]), format))
+    scale = _decoded(leaves["scale"], format)
     largest = scale.reshape(scale.shape[0], -1).max(axis=1) * np.float32(format.element.max)
     if "global_scale" in leaves and format.then is None:
         largest = largest * leaves["global_scale"]

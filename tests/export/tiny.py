@@ -1,14 +1,21 @@
 """A tiny random Llama as a Hugging Face folder, and recipes that cover every scheme of the export's tables."""
 
+import fnmatch
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 from safetensors.numpy import save_file
 
 import jqopt
+from jqopt._apply import Quantized
+from jqopt._model import QuantizedModel
 from jqopt.hf import load_model
 
 CONFIG: dict[str, Any] = {
@@ -129,9 +136,61 @@ def make(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def quantized(folder: Path, recipe: Any, scan: bool = True) -> jqopt.QTensor:
+def quantized(folder: Path, recipe: Any, scan: bool = True) -> Any:
     """The quantized model of a folder, calibrated on a few random ids."""
     module, variables = load_model(folder, scan_layers=scan)
     qm = jqopt.quantize_model(module, recipe, params=variables, batches=[IDS])
     qm.source = folder
     return qm
+
+
+@functools.cache
+def _traced(folder: Path, scan: bool) -> tuple[Any, dict[str, Any], Any]:
+    module, variables = load_model(folder, scan_layers=scan)
+    return module, variables, jqopt.trace(module, variables, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+
+
+def packed(folder: Path, recipe: Any, scan: bool = True, smoothed: str = "") -> Any:
+    """A quantized model of random codes and scales (but the same where layers must share them); nothing is computed.
+
+    `smoothed`: a glob of parameters that get a pre_scale; for recipes whose algorithm would find one.
+    """
+    module, variables, graph = _traced(folder, scan)
+    plan = jqopt.plan({key: x for key, x in recipe.items() if key != "algorithm"}, graph)
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    for number, (path, d) in enumerate(plan.quantized.items()):
+        rng = np.random.default_rng(number)
+        fused = np.random.default_rng([7, *map(ord, d.fused or d.key)])
+        group = np.random.default_rng([8, *map(ord, d.group)])
+        q = _random(d, rng, fused)
+        if d.has_static_input:
+            q = q.replace(input_scale=jnp.asarray(group.uniform(0.01, 0.1, d.outer), jnp.float32))
+        if smoothed and fnmatch.fnmatch(path, smoothed):
+            q = q.replace(pre_scale=jnp.asarray(rng.uniform(0.5, 2, (*q.data.shape[:-2], d.layout.k)), jnp.float32))
+        flat[path] = q
+    scales: dict[str, Any] = {}
+    for d in plan.attention:
+        value = jnp.full(d.outer, 0.02 if d.role == "k" else 0.03, jnp.float32)
+        scales.setdefault(d.key, {})[f"{d.role}_scale"] = value
+    qm = QuantizedModel(module, plan, Quantized({"params": traverse_util.unflatten_dict(flat, sep="/")}, scales))
+    qm.source = folder
+    return qm
+
+
+def _random(d: Any, rng: np.random.Generator, fused: np.random.Generator) -> jqopt.QTensor:
+    """Random codes and scales of a parameter; what its fused layers share comes from `fused`."""
+    f, layout = d.format, d.layout
+    stack = tuple(layout.atoms[i] for i in layout.stack)
+    shape = (*stack, *f.scale_shape(layout.n, layout.k, d.granularity))
+    data = rng.integers(0, 256, (*stack, layout.n, -(-layout.k * f.element.bits // 8)), dtype=np.uint8)
+    if f.element.nan is not None:
+        data = np.where(data & 0x7F == f.element.nan, 0, data).astype(np.uint8)
+    values: Any = (fused if d.granularity == "tensor" else rng).uniform(1e-4, 1e-2, shape).astype(np.float32)
+    if f.scale.bits == 8:
+        low, high = (1, 127) if f.scale.name == "e4m3" else (110, 125)
+        values = rng.integers(low, high, shape, dtype=np.uint8)
+    whole = jnp.asarray(fused.uniform(1e-5, 1e-3, stack), jnp.float32) if f.global_scale else None
+    zero = jnp.asarray(rng.integers(0, 16, shape, dtype=np.uint8)) if f.zero_point else None
+    signed = f.element.bits == 8 and f.element.kind == "int"
+    codes = jnp.asarray(data.view(np.int8) if signed else data)
+    return jqopt.QTensor(codes, jnp.asarray(values), whole, zero, None, None, f, d.granularity, layout, "float32")
