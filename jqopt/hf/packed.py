@@ -211,7 +211,8 @@ def read_weight(folder: Folder, weight: Weight, decision: Decision, dtype: Any) 
     spec, layout = weight.spec, decision.layout
     assert layout is not None
     stack = stack_of(weight.place)
-    leaves = {s.leaf: _stacked(folder, weight, s) for s in weight.stored if s.leaf != SHAPE}
+    leaves = {s.leaf: _stacked(folder, weight, s) for s in weight.stored}
+    leaves.pop(SHAPE, None)  # it has been compared
     _check_bound(folder, weight, leaves, spec.element_format())
     if "input_scale" in leaves:
         leaves["input_scale"] = _shared_by_inner(folder, weight, leaves["input_scale"], stack, len(decision.outer))

@@ -56,6 +56,18 @@ def read_file(path: Path) -> dict[str, Stored]:
     return out
 
 
+def write_file(path: Path, tensors: dict[str, Stored]) -> None:
+    """A safetensors file of these tensors, wide dtypes first."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, x in sorted(tensors.items(), key=lambda item: -WIDTH[item[1].word]):
+        span = [len(data), len(data) + len(x.data)]
+        header[name], data = {"dtype": x.word, "shape": list(x.shape), "data_offsets": span}, data + x.data
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
 def read_folder(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder; of shards as the index says."""
     index = folder / "model.safetensors.index.json"

@@ -1,11 +1,8 @@
 """Exported folders as a reader that isn't ours sees them: names, dtypes, shapes, numbers, configuration; and back."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,23 +13,9 @@ import jqopt
 from jqopt.errors import CheckpointError, UnsupportedError
 from jqopt.export import compressed_tensors, modelopt
 from jqopt.export.parameters import InMemory
+from tests.export import decoders, tiny
 
-
-def _beside(name: str):
-    """A module of this folder: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(f"export_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "__loaded__"):
-        spec.loader.exec_module(module)
-        module.__loaded__ = True
-    return module
-
-
-tiny, decoders = _beside("tiny"), _beside("decoders")
 ALL = [(target, name) for target, table in tiny.TABLES.items() for name in table]
-SMOOTHED = {"NVFP4_AWQ": "*/[od]*_proj/*", "W4A16_AWQ": "*/[od]*_proj/*", "W4A8_AWQ": "*/o_proj/*"}
-SMOOTHED["W8A8_SQ_PER_CHANNEL"] = "*/down_proj/*"
 SUFFIX = re.compile(r"(?P<module>.*)\.(?P<suffix>weight\w*|input\w*scale|pre_quant_scale)$")
 
 
@@ -49,30 +32,13 @@ def exported(source, tmp_path_factory):
     def get(target, name, scan=None):
         scan = name != "MIXED" if scan is None else scan
         if (target, name, scan) not in done:
-            qm = tiny.packed(source, tiny.TABLES[target][name], scan, SMOOTHED.get(name, ""))
+            qm = tiny.packed(source, tiny.TABLES[target][name], scan, tiny.SMOOTHED.get(name, ""))
             out = root / f"{target}-{name}-{scan}"
             jqopt.export(qm, out, target, engine="other")
             done[target, name, scan] = qm, out
         return done[target, name, scan]
 
     return get
-
-
-def weights_of(qm) -> dict[str, np.ndarray]:
-    """{module name in the files: float32 [out, in] that the packed weight stands for}."""
-    out = {}
-    flat = traverse_util.flatten_dict(qm.params["params"], sep="/")
-    packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jqopt.QTensor)}
-    decode = jax.jit(lambda tree: {key: q.whole() for key, q in tree.items()})
-    for path, found in decode(packed).items():
-        whole = np.asarray(found)
-        name = path.removesuffix("/kernel").replace("/", ".")
-        each = whole if whole.ndim == 3 else whole[None]
-        for i, matrix in enumerate(each):
-            number = re.search(r"layers_(\d+)", name)
-            layer = int(number[1]) if number else i
-            out[re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)] = matrix
-    return out
 
 
 def scheme_of(target: str, name: str, module: str) -> str:
@@ -85,7 +51,7 @@ def scheme_of(target: str, name: str, module: str) -> str:
 @pytest.mark.parametrize(("target", "name"), ALL)
 def test_another_reader_finds_what_the_format_says(target, name, exported):
     qm, folder = exported(target, name)
-    wanted, found = weights_of(qm), decoders.read_folder(folder)
+    wanted, found = tiny.weights_of(qm), decoders.read_folder(folder)
     packed: dict[str, dict] = {}
     for full, tensor in found.items():
         match = SUFFIX.match(full)

@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ MODELOPT: dict[str, Any] = {
 TABLES = {"compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
 
 
+SMOOTHED = {
+    "NVFP4_AWQ": "*/[od]*_proj/*",
+    "W4A16_AWQ": "*/[od]*_proj/*",
+    "W4A8_AWQ": "*/o_proj/*",
+    "W8A8_SQ_PER_CHANNEL": "*/down_proj/*",
+}
+"""Which parameters keep a pre_scale, where nothing is searched for."""
+
+
 def tensors(config: dict[str, Any] = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
     """Random bfloat16 tensors of a Llama, with the names and [out, in] shapes of transformers."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -194,3 +204,20 @@ def _random(d: Any, rng: np.random.Generator, fused: np.random.Generator) -> jqo
     signed = f.element.bits == 8 and f.element.kind == "int"
     codes = jnp.asarray(data.view(np.int8) if signed else data)
     return jqopt.QTensor(codes, jnp.asarray(values), whole, zero, None, None, f, d.granularity, layout, "float32")
+
+
+def weights_of(qm: Any) -> dict[str, np.ndarray]:
+    """{module name in the files: float32 [out, in] that the packed weight stands for}."""
+    out = {}
+    flat = traverse_util.flatten_dict(qm.params["params"], sep="/")
+    packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jqopt.QTensor)}
+    decode = jax.jit(lambda tree: {key: q.whole() for key, q in tree.items()})
+    for path, found in decode(packed).items():
+        whole = np.asarray(found)
+        name = path.removesuffix("/kernel").replace("/", ".")
+        each = whole if whole.ndim == 3 else whole[None]
+        for i, matrix in enumerate(each):
+            number = re.search(r"layers_(\d+)", name)
+            layer = int(number[1]) if number else i
+            out[re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)] = matrix
+    return out
