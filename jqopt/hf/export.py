@@ -13,7 +13,7 @@ import numpy as np
 
 from jqopt.errors import CheckpointError
 from jqopt.export import layouts, schemes
-from jqopt.export.layouts import SHAPE, Size
+from jqopt.export.layouts import SHAPE, Size, Stored
 from jqopt.export.manifest import writer
 from jqopt.export.parameters import Parameters
 from jqopt.export.schemes import Target
@@ -116,29 +116,36 @@ def _float_shape(part: Part) -> tuple[int, ...]:
 def _write(files: Writer, params: Parameters, part: Part, dtype: np.dtype) -> None:
     """All tensors of one parameter, array after array, so that only one is held."""
     if part.row is None:
-        if all(name in files.continued for name in part.place.tensors):
-            return
-        x = params.read(part.place.path)
-        whole = x.reshape(len(part.place.tensors), *x.shape[len(_folder.stack_of(part.place)) :])
-        for name, one in zip(part.place.tensors, whole, strict=True):
-            if name not in files.continued:
-                turned = np.swapaxes(one, -1, -2) if part.place.transpose else one
-                files.write(name, np.ascontiguousarray(turned.astype(dtype)).reshape(_float_shape(part)))
+        _write_floats(files, params, part, dtype)
         return
-    assert part.size is not None
     for stored in part.row.tensors:
-        names = [f"{module}.{stored.suffix}" for module in part.modules]
-        if all(name in files.continued for name in names):
-            continue
-        if stored.leaf == SHAPE:
-            values: Any = [np.zeros(0)] * len(names)
-        elif stored.leaf in part.packed.leaves:
-            values = by_tensor(part, params.read(part.place.path, stored.leaf), stored.leaf)
-        else:
-            continue
-        for name, one in zip(names, values, strict=True):
-            if name not in files.continued:
-                files.write(name, layouts.write(stored, one, part.size))
+        if stored.leaf == SHAPE or stored.leaf in part.packed.leaves:
+            _write_leaf(files, params, part, stored)
+
+
+def _write_floats(files: Writer, params: Parameters, part: Part, dtype: np.dtype) -> None:
+    if all(name in files.continued for name in part.place.tensors):
+        return
+    x = params.read(part.place.path)
+    whole = x.reshape((len(part.place.tensors), *x.shape[len(_folder.stack_of(part.place)) :]))
+    for name, one in zip(part.place.tensors, whole, strict=True):
+        if name not in files.continued:
+            turned = np.swapaxes(one, -1, -2) if part.place.transpose else one
+            files.write(name, np.ascontiguousarray(turned.astype(dtype)).reshape(_float_shape(part)))
+
+
+def _write_leaf(files: Writer, params: Parameters, part: Part, stored: Stored) -> None:
+    assert part.size is not None
+    names = [f"{module}.{stored.suffix}" for module in part.modules]
+    if all(name in files.continued for name in names):
+        return
+    if stored.leaf == SHAPE:
+        values = np.zeros((len(names), 0))
+    else:
+        values = by_tensor(part, params.read(part.place.path, stored.leaf), stored.leaf)
+    for name, one in zip(names, values, strict=True):
+        if name not in files.continued:
+            files.write(name, layouts.write(stored, one, part.size))
 
 
 def _write_scale(files: Writer, params: Parameters, scale: Scale, target: Target, factor: float) -> None:
