@@ -283,7 +283,10 @@ def load(
     checkpoint.check_params(read, tree)
     scales = checkpoint.attention(verify)
     checkpoint.check_attention(read, scales)
-    return QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
+    qm = QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
+    kept = checkpoint.directory / "hf"
+    qm.source = kept if (kept / "config.json").is_file() else None
+    return qm
 
 
 def _kind(model: Any) -> str:
