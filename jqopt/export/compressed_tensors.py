@@ -151,7 +151,8 @@ def patterns(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 _TOP = {
     *("quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme", "version"),
-    *("global_compression_ratio", "sparsity_config", "transform_config", "run_compressed", "dequantize"),
+    *("global_compression_ratio", "sparsity_config", "moe_sparsity_config", "transform_config"),
+    *("run_compressed", "dequantize"),
 }
 _GROUP = {"targets", "format", "weights", "input_activations", "output_activations"}
 _ARGS = {
@@ -175,7 +176,7 @@ def parse(config: Json, files: Mapping[str, Json]) -> Config:
             f"quantization_config: quantization_status is {config.get('quantization_status')!r}; only 'compressed' "
             "says that the files hold packed weights (transformers loads anything else as garbage)"
         )
-    for key in ("sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "moe_sparsity_config", "transform_config"):
         if config.get(key):
             raise UnsupportedError(f"quantization_config: {key} {config[key]!r} is not read")
     groups = config.get("config_groups")
@@ -240,7 +241,7 @@ def _block(args: Any, where: str) -> Json:
     if not isinstance(args, dict):
         raise CheckpointError(f"{where} is {args!r}; expected an object")
     _known(args, _ARGS, where)
-    if args.get("actorder") in ("group", "dynamic"):
+    if args.get("actorder") in ("group", "dynamic", True):
         raise UnsupportedError(f"{where}: actorder {args['actorder']!r} (reordered groups) is not read")
     full = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False} | {
         k: v for k, v in args.items() if v is not None and k not in _UNSEEN
