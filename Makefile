@@ -5,10 +5,11 @@ WORKERS ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+CLIENTS := .venv-clients
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thirdparty lint check bench fmt clean
+.PHONY: help demo test thirdparty clients lint check bench fmt clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -22,6 +23,9 @@ test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or mem
 thirdparty: $(READY)  ## models that others wrote, installed beside the environment
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/thirdparty -r tests/thirdparty/requirements.txt
 	@PYTHONPATH=$(VENV)/thirdparty $(BIN)/python -m pytest -n $(WORKERS) -q -m thirdparty
+
+clients: $(CLIENTS)/.ready  ## exports in the hands of transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
+	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -q -m clients tests/export
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .
@@ -38,7 +42,7 @@ fmt: $(READY)  ## format, and mend what the linter can mend
 	@$(BIN)/ruff check --fix --quiet .
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is older than pyproject.toml when the dependencies may have changed.
 $(READY): pyproject.toml
@@ -47,3 +51,11 @@ $(READY): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(READY)
+
+# PyTorch first and alone: what comes after must not choose another build of it.
+$(CLIENTS)/.ready: pyproject.toml tests/export/requirements-torch.txt tests/export/requirements-clients.txt
+	@echo "making $(CLIENTS) (once; PyTorch is large)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-torch.txt
+	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-clients.txt --editable '.[hf]'
+	@touch $@

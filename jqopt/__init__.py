@@ -3,6 +3,8 @@
 from jqopt import algorithms, axis_rules, formats, kv_cache, train, transforms
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
+from jqopt._export import export
+from jqopt._load_hf import load_hf
 from jqopt._model import load, plan, quantize_model, save, trace
 from jqopt._qtensor import QTensor
 from jqopt._quantize import quantize
@@ -33,11 +35,13 @@ __all__ = [
     "apply",
     "axis_rules",
     "calibrate",
+    "export",
     "formats",
     "kv_cache",
     "linen",
     "list_recipes",
     "load",
+    "load_hf",
     "load_recipe",
     "nnx",
     "plan",

@@ -28,9 +28,10 @@ from jqopt.errors import CheckpointError, PlanError, TraceError
 from jqopt.export.checkpoint import METADATA, Checkpoint
 from jqopt.frontends import function_of
 from jqopt.hf import load_config, load_model
+from jqopt.hf.folder import CARRIED, CONFIG
 
 INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
-KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+KEPT = (CONFIG, *CARRIED)
 """Files of a Hugging Face folder that a checkpoint keeps, so that it needs the folder no more."""
 
 RANDOM = "random numbers: what the model computes means nothing"
@@ -292,6 +293,13 @@ def runnable(text: str, model: str | None = None, **options: Any) -> tuple[Calla
         return qm(*args, **kwargs)
 
     return call, loaded
+
+
+def warn_if_random(folder: Path) -> None:
+    """Says on stderr that a checkpoint was calibrated with random numbers, if it was."""
+    source = source_of(Checkpoint(folder))
+    if source is not None and source.calibration == RANDOM:
+        note(f"WARNING: {folder} was calibrated with {RANDOM}.")
 
 
 def floats_of(checkpoint: Checkpoint, text: str, **options: Any) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class QuantizedModel:
     """(args, kwargs) it was traced with, as shapes: a checkpoint keeps them, so that `load` knows another model."""
     floats: Callable[[], Any] | None = dataclasses.field(default=None, init=False, repr=False)
     """The float tree while somebody else holds it; a quantized model holds packed weights only."""
+    source: Any = dataclasses.field(default=None, init=False, repr=False)
+    """The Hugging Face folder that says which model it is (config.json, tokenizer), where that is known."""
 
     def __post_init__(self) -> None:
         function, made = self.plan.function, self.plan
@@ -281,7 +283,10 @@ def load(
     checkpoint.check_params(read, tree)
     scales = checkpoint.attention(verify)
     checkpoint.check_attention(read, scales)
-    return QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
+    qm = QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
+    kept = checkpoint.directory / "hf"
+    qm.source = kept if (kept / "config.json").is_file() else None
+    return qm
 
 
 def _kind(model: Any) -> str:

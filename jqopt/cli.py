@@ -341,6 +341,45 @@ def report(
     return Shown(found.to_dict(), str(found))
 
 
+@app.command()
+@command
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    target: Annotated[
+        str, typer.Option("--target", help="compressed-tensors, modelopt or stablehlo.")
+    ] = "compressed-tensors",
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="Hugging Face folder of the float model, where CKPT doesn't keep its files."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Who must load it; default vllm. `other`: whoever.")
+    ] = None,
+    dtype: Annotated[DtypeName | None, typer.Option("--dtype", help="Of unquantized parameters.")] = None,
+    max_shard_size: Annotated[
+        int | None,
+        typer.Option("--max-shard-size", metavar="SIZE", parser=_size, help="Most bytes of a file, such as 2GB."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an export that was cut.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Write a checkpoint for other programs: vLLM, SGLang, TensorRT-LLM, transformers."""
+    import jqopt
+    from jqopt._cli_models import warn_if_random
+
+    warn_if_random(checkpoint)
+    given = {
+        "source": source, "engine": engine, "dtype": None if dtype is None else dtype.value, "resume": resume or None,
+        "max_shard_size": max_shard_size, "overwrite": overwrite or None,
+    }  # fmt: skip
+    options = {name: x for name, x in given.items() if x is not None}
+    done = jqopt.export(checkpoint, out, target, **options)
+    return Shown(done.to_dict() if hasattr(done, "to_dict") else {"out": str(out)}, str(done))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import jqopt

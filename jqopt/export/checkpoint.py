@@ -167,6 +167,17 @@ class Checkpoint:
             for name, of in fields.items()
         }
 
+    def array(self, leaf: str, verify: bool = True) -> np.ndarray:
+        """One stored array, on the host.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        described = self.manifest.leaves[leaf]
+        found = self._read({leaf: np.broadcast_to(np.zeros((), _dtype(leaf, described)), tuple(described.shape))})[leaf]
+        _check(leaf, described, found, verify)
+        return np.asarray(found)
+
     def attention(self, verify: bool = True) -> dict[str, dict[str, Any]]:
         """{attention: {name: array}}: the scales and biases of attention's operands, on no device in particular.
 

@@ -56,6 +56,14 @@ def test_plain_function(tmp_path):
     assert 1 < relative_error(text) < 30  # six layers of NVFP4, about 10% of noise in weight and input each
 
 
+def test_export_hf(tmp_path):
+    text = output_of("export_hf.py", folder=tmp_path)
+    assert "compressed-tensors, 28 x FP8" in text
+    assert "modelopt, 28 x FP8" in text
+    assert text.count("it computes the same: True") == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_rotate(tmp_path):
     text = output_of("rotate.py", folder=tmp_path)
     rows = re.findall(r"^(.*): float change (\S+), INT8 error ([\d.]+)%$", text, re.MULTILINE)

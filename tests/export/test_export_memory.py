@@ -1,0 +1,73 @@
+"""Exporting a checkpoint holds one array of it: peak resident memory of a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LAYERS, HIDDEN, INNER = 24, 1536, 4096
+SLACK_MB = 80  # of Orbax, JSON and Python
+
+MAKE = """
+import json, sys, pathlib
+import jax, jax.numpy as jnp, numpy as np
+from flax import traverse_util
+import jqopt
+from jqopt._apply import Quantized
+from jqopt._model import QuantizedModel
+from jqopt.hf.folder import identity
+from tests.export import tiny
+
+root, layers, hidden, inner = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:5])
+config = tiny.CONFIG | {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}
+(root / "source").mkdir()
+(root / "source" / "config.json").write_text(json.dumps(config))
+model = identity(root / "source")
+module = model.family.build(model.parsed, True, jnp.bfloat16)
+ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+shapes = jax.eval_shape(module.init, jax.random.key(0), ids)
+plan = jqopt.plan(tiny.COMPRESSED_TENSORS["NVFP4A16"], jqopt.trace(module, shapes, ids))
+flat = traverse_util.flatten_dict(shapes["params"], sep="/")
+for path, x in flat.items():
+    d = plan.quantized.get(path)
+    rng, fused = np.random.default_rng(0), np.random.default_rng(1)
+    flat[path] = jnp.zeros(x.shape, jnp.bfloat16) if d is None else tiny._random(d, rng, fused)
+tree = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+jqopt.save(root / "ckpt", QuantizedModel(module, plan, Quantized(tree, {})))
+"""
+
+EXPORT = """
+import os, sys
+import jqopt
+from jqopt.export.checkpoint import Checkpoint
+from jqopt.export.parameters import OnDisk
+
+root = sys.argv[1]
+params = OnDisk(Checkpoint(f"{root}/ckpt"))  # what Orbax and JAX load once
+params.read("norm/scale")
+before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+done = jqopt.export(f"{root}/ckpt", f"{root}/out", source=f"{root}/source")
+status = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+print(before, float(status["VmHWM"].split()[0]) / 2**10, done.nbytes / 2**20)
+"""
+
+
+@pytest.mark.memory
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to reset the peak")
+def test_export_holds_one_array(tmp_path):
+    sizes = [str(x) for x in (LAYERS, HIDDEN, INNER)]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    path = os.pathsep.join([root, os.path.join(root, "kernels")])
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path}
+    run = lambda code, *more: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code, str(tmp_path), *more], capture_output=True, text=True, check=True, env=environment
+    )
+    run(MAKE, *sizes)
+    before, peak, whole = map(float, run(EXPORT).stdout.split())
+    largest = LAYERS * HIDDEN * INNER / 2 / 2**20  # the codes of gate_proj in all layers, 72 MB
+    assert whole > 4 * largest, "the model must be larger than what may be held"
+    # Orbax holds what it read from the file and what it unpacked beside the array itself
+    assert peak - before <= 3 * largest + SLACK_MB, f"{peak - before:.0f} MB; the largest array is {largest:.0f} MB"
