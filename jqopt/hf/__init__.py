@@ -16,9 +16,10 @@ from jqopt.hf import families
 from jqopt.hf.decode import init_cache
 from jqopt.hf.families import Family, Place
 from jqopt.hf.generation import Generated, generate
+from jqopt.hf.names import NameMap, Rule
 from jqopt.hf.safetensors import Entry, open_folder
 
-__all__ = ["Generated", "generate", "init_cache", "load_config", "load_model"]
+__all__ = ["Generated", "NameMap", "Rule", "generate", "init_cache", "load_config", "load_model"]
 
 Variables = dict[str, Any]
 
@@ -126,7 +127,7 @@ def _oriented(entry: Entry, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         raise CheckpointError(
             f"{entry.file}: {entry.name} has shape {list(entry.shape)}; config.json asks for {list(expected)}"
         )
-    if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
+    if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:  # packed F4 reads as uint8
         raise UnsupportedError(
             f"{entry.file}: {entry.name} is stored as {entry.dtype}; expected float16, bfloat16, float32 "
             "or float64. Already quantized weights cannot be quantized again: load the original checkpoint"
