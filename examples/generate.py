@@ -32,10 +32,7 @@ show("float, drawn", variables, temperature=0.8, top_p=0.9, seed=1)
 
 # Weights of 4 bits, keys and values of 8: calibrated, then generated with the same function.
 batches = [jnp.asarray(np.load(FOLDER / "calib_tokens.npy")[:8, :128].astype(np.int32))]
-qm = jqopt.quantize_model(model, {
-    "schema": 1,
-    "name": "int4_kv_fp8",
-    "rules": [{"match": "*_proj/kernel", "weight": {"format": "int4", "block": 64}}],
-    "kv_cache": "fp8",
-}, params=variables, batches=batches)  # fmt: skip
+int4 = {"match": "*_proj/kernel", "weight": {"format": "int4", "block": 64}}
+recipe = {"schema": 1, "name": "int4_kv_fp8", "rules": [int4], "kv_cache": "fp8"}
+qm = jqopt.quantize_model(model, recipe, params=variables, batches=batches)
 show("INT4 weights, FP8 cache, greedy", qm)

@@ -1,6 +1,6 @@
 """Every family's decoder against transformers: committed tiny checkpoints with the logits and tokens it gave.
 
-The numbers were made by golden/make.py with transformers 5.23.0 and torch 2.13.0; tests/clients compares live.
+The numbers were made by make_golden.py with transformers 5.23.0 and torch 2.13.0; tests/clients compares live.
 """
 
 import functools

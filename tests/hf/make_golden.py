@@ -1,4 +1,4 @@
-"""Tiny random models of transformers with their logits: `python tests/hf/golden/make.py FOLDER` writes the golden ones.
+"""Tiny random models of transformers with their logits: `python -m tests.hf.make_golden FOLDER`.
 
 Needs torch and transformers 5 (`make clients` installs them); imports nothing of jqopt. Weights are bfloat16 numbers,
 so that the file is small; transformers computes in float32.
@@ -14,8 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from zoo import CASES, GOLDEN
+from tests.hf.zoo import CASES, GOLDEN
 
 
 def model_of(case: str) -> Any:
