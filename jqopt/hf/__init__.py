@@ -44,7 +44,10 @@ def load_config(folder: str | Path) -> tuple[Family, Any]:
             f"{path}: has a quantization_config, so the weights are quantized already; load the original checkpoint"
         )
     family = families.find(config)
-    return family, family.parse(config)
+    try:
+        return family, family.parse(config)
+    except (TypeError, ValueError, AttributeError) as error:  # what arithmetic says to a text where a number should be
+        raise CheckpointError(f"{path}: a setting is of the wrong kind: {error}") from error
 
 
 def load_model(

@@ -230,9 +230,9 @@ def windows(config: Mapping[str, Any], types: list[str] | None = None) -> dict[s
 
     Raises UnsupportedError for other types than full and sliding.
     """
-    window, found = config.get("sliding_window"), config.get("layer_types", types)
-    if window is None:
+    if config.get("sliding_window") is None:
         return {}
+    window, found = size(config, "sliding_window"), config.get("layer_types") or types
     for kind in found or []:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedError(
@@ -262,6 +262,11 @@ def _rotary(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     if kind in ("yarn", "longrope") and "max_position_embeddings" in table:
         table.setdefault("original_max_position_embeddings", table["max_position_embeddings"])
     share = float(table.get("partial_rotary_factor", 1.0))
+    if int(head_dim * share) % 2:
+        raise UnsupportedError(
+            f"config.json: head_dim {head_dim} and partial_rotary_factor {share} turn {int(head_dim * share)} channels "
+            "of a head; expected an even number"
+        )
     return {
         "rope_theta": float(table.get("rope_theta", 10000.0)),
         "rope_scaling": parse_scaling(table, int(head_dim * share)),

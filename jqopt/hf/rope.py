@@ -169,7 +169,7 @@ SCALINGS: dict[str, Scaling] = {
     "linear": Scaling(("factor",), lambda table: _numbers(table, factor="factor"), _linear),
     "llama3": Scaling(_LLAMA3, _parse_llama3, _llama3),
     "yarn": Scaling(("factor", "original_max_position_embeddings"), _parse_yarn, _yarn),
-    "longrope": Scaling(("short_factor", "long_factor"), _parse_longrope, _longrope),
+    "longrope": Scaling(("short_factor", "long_factor", "max_position_embeddings"), _parse_longrope, _longrope),
 }
 
 REFUSED = {
