@@ -50,7 +50,7 @@ def test_given_factors_win():
 
 @pytest.mark.parametrize("start", [None, 3, [3, 7]])
 def test_a_part_of_the_channels_is_turned(start):
-    """The first 4 of 6 as two complex numbers, times a factor; from a position that is one for all rows or their own."""
+    """The first 4 of 6 as two complex numbers, times a factor; from one position for all rows, or from their own."""
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 6)).astype(np.float32)
     frequencies = np.asarray([0.7, 0.2], np.float32)
     given = None if start is None else jnp.asarray(start, jnp.int32)
