@@ -1,7 +1,9 @@
-"""Every family and setting of tests/hf/zoo.py beside transformers itself: logits to 1e-4, greedy tokens the same.
+"""Every family and setting of zoo.py beside transformers itself: logits to 1e-4, greedy tokens the same.
 
 Needs torch and transformers 5 in the environment (`make clients`): without them these tests fail.
 """
+
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -48,9 +50,7 @@ def test_greedy_tokens(case, saved):
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_the_golden_files_are_what_transformers_says_today(case, saved):
-    from pathlib import Path
-
-    folder = Path(__file__).parents[1] / "hf" / "golden" / case
+    folder = Path(__file__).parent / "golden" / case
     _, reference = saved(case)
     committed = load_file(folder / "reference.safetensors")
     np.testing.assert_array_equal(committed["ids"], reference["ids"])
