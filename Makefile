@@ -24,8 +24,8 @@ thirdparty: $(READY)  ## models that others wrote, installed beside the environm
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/thirdparty -r tests/thirdparty/requirements.txt
 	@PYTHONPATH=$(VENV)/thirdparty $(BIN)/python -m pytest -n $(WORKERS) -q -m thirdparty
 
-clients: $(CLIENTS)/.ready  ## exports in the hands of transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
-	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -q -m clients tests/export
+clients: $(CLIENTS)/.ready  ## exports and decoders beside transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
+	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) -q -m clients tests/export tests/hf
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .

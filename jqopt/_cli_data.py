@@ -144,23 +144,32 @@ def _checked(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _tokenized(path: Path, tokenizer: Path | None) -> np.ndarray:
-    if tokenizer is None or not tokenizer.is_file():
+    cut = tokenizer_of(tokenizer, f"{path}: text")
+    return np.asarray(cut.encode(path.read_text(encoding="utf-8"), add_special_tokens=False).ids, np.int32)
+
+
+def tokenizer_of(file: Path | None, what: str) -> Any:
+    """The tokenizer of a tokenizer.json; `what` needs it.
+
+    Raises:
+        UnsupportedError: there is no file, or the package tokenizers isn't installed.
+        CalibrationError: tokenizers can't read the file.
+    """
+    if file is None or not file.is_file():
         raise UnsupportedError(
-            f"{path}: text needs the model's tokenizer: a Hugging Face folder with tokenizer.json. Else tokenize it "
+            f"{what} needs the model's tokenizer: a Hugging Face folder with tokenizer.json. Else tokenize it "
             "yourself and save the ids: np.save('tokens.npy', ids)"
         )
     try:
         from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UnsupportedError(
-            f"{path}: text needs the package tokenizers, which isn't installed: pip install 'jqopt[hf]'"
+            f"{what} needs the package tokenizers, which isn't installed: pip install 'jqopt[hf]'"
         ) from None
-    text = path.read_text(encoding="utf-8")
     try:
-        ids = Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CalibrationError(f"{tokenizer}: tokenizers can't use it: {error}") from None
-    return np.asarray(ids, np.int32)
+        raise CalibrationError(f"{file}: tokenizers can't use it: {error}") from None
 
 
 def random_batches(example: Any, vocabulary: int | None, count: int) -> Iterator[Any]:

@@ -269,7 +269,7 @@ def quantize(
     return Shown(facts, f"{done.report.summary}\nsaved to {out}")
 
 
-# -------------------------------------------------------------------------------------- eval, inspect, report
+# -------------------------------------------------------------------------------------- eval, generate, inspect, report
 
 
 @app.command("eval")
@@ -299,6 +299,33 @@ def evaluate(
     assert examples is not None
     other = None if reference is None else runnable(reference, scan_layers=scan_layers, dtype=dtype.value)[0]
     return _cli_evaluate.evaluate(run, other, examples.first(batches))
+
+
+@app.command()
+@command
+def generate(
+    target: Annotated[str, typer.Argument(metavar="CKPT|MODEL", help="Whose text it is.", callback=_model)],
+    prompts: Annotated[list[str], typer.Option("--prompt", help="What the text begins with; may stand several times.")],
+    model: OtherModel = None,
+    tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to make.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest, as many as reach it.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Hold keys and values packed: fp8, nvfp4. Default: as the recipe says."),
+    ] = None,
+    scan_layers: Scan = False,
+    dtype: Dtype = DtypeName.FLOAT32,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Text after a prompt, of a Hugging Face model or its quantized checkpoint."""
+    from jqopt import _cli_generate
+
+    settings = _cli_generate.Settings(tokens, temperature, top_p, seed, kv_cache)
+    options = {"scan_layers": scan_layers, "dtype": dtype.value}
+    return _cli_generate.generate(target, model, prompts, settings, **options)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """A key-value cache that holds packed bytes: `init`, `append`, `read` and `attend`, pure functions for any decode loop.
 
+With the spec None it holds keys and values as they are.
+
 A token's key is stored as `quantize` of an attention's k stores it in simulation: what `read` gives is bit for bit what
 a model with `kv_cache: ...` in its recipe computes with, given the same scales.
 """
@@ -35,7 +37,8 @@ class Packed:
     """Keys or values [batch, length, heads, width], packed along the last axis.
 
     Attributes:
-        data: uint8 or int8 [batch, length, heads, bytes]: fp8 bits, or two 4-bit codes a byte, low nibble first.
+        data: uint8 or int8 [batch, length, heads, bytes]: fp8 bits, or two 4-bit codes a byte, low nibble first. Where
+            format is None: the values themselves, [batch, length, heads, width].
         scale: of blocks (uint8 bits) or tokens (float32), [batch, length, heads, scales]; None: one for the tensor.
         tensor_scale: float32 []; None where scales are found from each token.
         bias: float32 [heads, width], subtracted before and added after; or None.
@@ -45,7 +48,7 @@ class Packed:
     scale: jax.Array | None
     tensor_scale: jax.Array | None
     bias: jax.Array | None
-    format: Format
+    format: Format | None
     granularity: str
     width: int
 
@@ -77,7 +80,7 @@ class KVCache:
 
 def init(
     shape: tuple[int, int, int, int],
-    spec: str | Mapping[str, Any] | OperandSpec = "fp8",
+    spec: str | Mapping[str, Any] | OperandSpec | None = "fp8",
     *,
     scales: Mapping[str, jax.Array] | None = None,
     value_width: int | None = None,
@@ -87,7 +90,8 @@ def init(
 
     Args:
         shape: [batch, length, kv heads, head width]; `value_width`: the width of values, where it differs.
-        spec: as `kv_cache` in a recipe: "fp8", {"format": "nvfp4", "scaling": "cast"}, or `recipe.operands["k"]`.
+        spec: as `kv_cache` in a recipe: "fp8", {"format": "nvfp4", "scaling": "cast"}, or `recipe.operands["k"]`. None:
+            not packed, in `dtype`.
         scales: of this attention, as a quantized model holds them: `qm.quant.attention["layers_0/attn"]`. Of layers in
             a scan take one layer's: `jax.tree.map(lambda x: x[i], ...)`.
         dtype: in which keys and values are read.
@@ -96,10 +100,17 @@ def init(
         UnsupportedError: the spec needs scales (or a scale from values that aren't there yet).
         RecipeError: an unknown key or value in `spec`.
     """
+    if spec is None:
+        plain = functools.partial(_plain, shape[:3], jnp.dtype(dtype))
+        return KVCache(plain(shape[3]), plain(value_width or shape[3]), False, jnp.dtype(dtype).name)
     one = OperandSpec.from_dict(spec.to_dict() if isinstance(spec, OperandSpec) else spec)
     batch, length, heads, width = shape
     make = functools.partial(_empty, one, dict(scales or {}), (batch, length, heads))
     return KVCache(make("k", width), make("v", value_width or width), one.rotate, jnp.dtype(dtype).name)
+
+
+def _plain(lead: tuple[int, int, int], dtype: Any, width: int) -> Packed:
+    return Packed(jnp.zeros((*lead, width), dtype), None, None, None, None, "", width)
 
 
 def _empty(
@@ -181,6 +192,8 @@ def _written(packed: Packed, x: jax.Array, position: jax.Array) -> Packed:
 
 def _encode(packed: Packed, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """(data, scale) of x [batch, tokens, heads, width]."""
+    if packed.format is None:
+        return x.astype(packed.data.dtype), None
     lead, width = x.shape[:-1], x.shape[-1]
     centered = x if packed.bias is None else x.astype(jnp.float32) - packed.bias
     rows = centered.reshape(-1, width)
@@ -204,6 +217,8 @@ def read(cache: KVCache) -> tuple[jax.Array, jax.Array]:
 
 
 def _decode(packed: Packed) -> jax.Array:
+    if packed.format is None:
+        return packed.data
     lead = packed.data.shape[:-1]
     flat = packed.data.reshape(-1, packed.data.shape[-1])
     scale, whole = packed.scale, packed.tensor_scale
@@ -216,14 +231,23 @@ def _decode(packed: Packed) -> jax.Array:
     return values if packed.bias is None else values + packed.bias
 
 
-def attend(cache: KVCache, q: jax.Array, position: Any, *, scale: float | None = None) -> jax.Array:
+def attend(
+    cache: KVCache,
+    q: jax.Array,
+    position: Any,
+    *,
+    scale: float | None = None,
+    window: Any = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Causal softmax attention of queries over the cache; scores and softmax in float32, grouped queries.
 
     Args:
         q: [batch, tokens, heads, width] at positions `position`, `position + 1`, ...; query head j reads key head
             j // (heads // kv heads).
         position: of the first query: a whole number, int array [] or [batch].
-        scale: of the scores; default 1 / sqrt(width).
+        scale: of the scores; default 1 / sqrt(width). `softcap`: they are softcap * tanh(score / softcap).
+        window: how many positions back a query sees, its own included: a number or int []; None: all.
 
     Returns:
         [batch, tokens, heads, value width] in q's dtype.
@@ -241,8 +265,14 @@ def attend(cache: KVCache, q: jax.Array, position: Any, *, scale: float | None =
     grouped = q_turned.astype(cache.dtype).reshape(batch, q.shape[1], kv_heads, -1, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     last = jnp.asarray(position, jnp.int32).reshape(-1, 1) + jnp.arange(q.shape[1], dtype=jnp.int32)
-    visible = jnp.arange(length, dtype=jnp.int32) <= last[:, None, None, :, None]
-    scores = jnp.where(visible, scores * jnp.float32(width**-0.5 if scale is None else scale), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(cache.dtype)
+    back = last[:, None, None, :, None] - jnp.arange(length, dtype=jnp.int32)
+    visible = back >= 0 if window is None else (back >= 0) & (back < window)
+    scores = capped(scores * jnp.float32(width**-0.5 if scale is None else scale), softcap)
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(cache.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
     return mixed.reshape(*q.shape[:3], -1).astype(q.dtype)
+
+
+def capped(scores: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(scores / cap), float32; without a cap the scores as they are."""
+    return scores if cap is None else jnp.tanh(scores / jnp.float32(cap)) * jnp.float32(cap)

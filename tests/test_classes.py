@@ -104,7 +104,7 @@ def test_a_norm_or_softmax_over_a_class_is_noted(name: str):
         if isinstance(e, Free) and not e.exact:
             notes = " ".join(holder(graph, e.spots[0]).notes)
             assert "reduce" in notes, (e.name, notes)
-            assert "dataflow_zoo.py" in notes or "llama.py" in notes or "(" in notes
+            assert "dataflow_zoo.py" in notes or "rope.py" in notes or "(" in notes
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet", "gated", "moe_dense", "lstm"])
@@ -121,7 +121,7 @@ def test_rotated_depth_is_pinned_by_the_angles(name: str):
         if re.search(r"[qk]_proj/kernel\[" + ("2" if "scan" in name else "1"), symbol):
             inner = [c for c in graph.classes for m in c.members if m.symbol == symbol and m.stride < 4]
             assert inner and all("constant" in str(c.pinned) for c in inner)
-            assert all("llama.py" in str(c.pinned) for c in inner)
+            assert all("rope.py" in str(c.pinned) for c in inner)
 
 
 @pytest.mark.parametrize("name", ["rope_halves", "rope_strided", "rope_pairs"])

@@ -42,8 +42,8 @@ def test_llama(scan):
     expected = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * (1 if scan else 2)
     assert [short(keys(g)) for g in groups] == expected
     assert [[short(f) for f in g.fused] for g in groups] == [[e] for e in expected]
-    assert "meet in dot_general (llama.py:" in groups[0].reason and "meet in mul (llama.py:" in groups[1].reason
-    assert groups[0].reason.startswith("they read what mul makes (llama.py:")
+    assert "meet in dot_general (attention.py:" in groups[0].reason and "meet in mul (mlp.py:" in groups[1].reason
+    assert groups[0].reason.startswith("they read what mul makes (norm.py:")
 
 
 class Parallel(nn.Module):

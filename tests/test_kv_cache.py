@@ -143,9 +143,8 @@ def test_calibrated_scales_and_biases_go_into_a_cache():
     k, _ = kv_cache.read(cache)
     np.testing.assert_allclose(k[0, 0], scales["k_bias"], atol=1e-6)  # an empty position reads as the bias
     # a step over a cache computes what the model does whose operands are quantized
-    decoder = decode.CachedLlama(CONFIG, jnp.float32)
-    params = {"params": variables["params"], "cache": caches}
-    logits, _ = jax.jit(partial(decoder.apply, mutable="cache"))(params, prompt, jnp.int32(0))
+    step = partial(model.apply, method="decode", mutable="cache", length=5)
+    logits, _ = jax.jit(step)({"params": variables["params"], "cache": caches}, prompt, jnp.int32(0))
     np.testing.assert_allclose(logits, qm(prompt), atol=2e-4 * float(jnp.abs(logits).max()))
 
 

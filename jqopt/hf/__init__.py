@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders, read into Flax models: `module, variables = load_model(folder)`."""
+"""Hugging Face checkpoint folders as Flax models: `module, variables = load_model(folder)`, then `generate`."""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +13,13 @@ from flax import traverse_util
 
 from jqopt.errors import CheckpointError, UnsupportedError
 from jqopt.hf import families
+from jqopt.hf.decode import init_cache
 from jqopt.hf.families import Family, Place
+from jqopt.hf.generation import Generated, generate
+from jqopt.hf.names import NameMap, Rule
 from jqopt.hf.safetensors import Entry, open_folder
 
-__all__ = ["load_config", "load_model"]
+__all__ = ["Generated", "NameMap", "Rule", "generate", "init_cache", "load_config", "load_model"]
 
 Variables = dict[str, Any]
 
@@ -41,7 +44,10 @@ def load_config(folder: str | Path) -> tuple[Family, Any]:
             f"{path}: has a quantization_config, so the weights are quantized already; load the original checkpoint"
         )
     family = families.find(config)
-    return family, family.parse(config)
+    try:
+        return family, family.parse(config)
+    except (TypeError, ValueError, AttributeError) as error:  # what arithmetic says to a text where a number should be
+        raise CheckpointError(f"{path}: a setting is of the wrong kind: {error}") from error
 
 
 def load_model(
@@ -58,12 +64,19 @@ def load_model(
     """
     family, config = load_config(folder)
     module = family.build(config, scan_layers, dtype)
-    entries = open_folder(Path(folder))
     places = family.places(config, scan_layers)
+    entries = _prefixed(open_folder(Path(folder)), family, places)
     _check_names(Path(folder), family, config, places, entries)
     shapes = _parameter_shapes(module)
     leaves = {place.path: _read(place, entries, shapes[place.path], dtype) for place in places}
     return module, {"params": traverse_util.unflatten_dict(leaves, sep="/")}
+
+
+def _prefixed(entries: dict[str, Entry], family: Family, places: tuple[Place, ...]) -> dict[str, Entry]:
+    """The tensors under the family's names: a checkpoint of the model without its head may lack their beginning."""
+    if not family.prefix or any(tensor in entries for place in places for tensor in place.tensors):
+        return entries
+    return {family.prefix + name: entry for name, entry in entries.items()}
 
 
 def _check_names(
@@ -72,6 +85,12 @@ def _check_names(
     expected = {tensor for place in places for tensor in place.tensors}
     copies = family.copies(config)
     missing = sorted(expected - set(entries))
+    fused = next((n for n in entries if n.endswith("experts.gate_up_proj")), None)
+    if missing and fused is not None:
+        raise UnsupportedError(
+            f"{folder}: {fused} holds all experts of a layer in one tensor; expected one tensor an expert, as "
+            "transformers' save_pretrained(folder) writes them (its save_original_format is on by default)"
+        )
     extra = sorted(n for n in set(entries) - expected - set(copies) if not n.endswith(family.derived))
     for names, fault in ((missing, "missing"), (extra, "unexpected")):
         if names:
@@ -99,7 +118,7 @@ def _parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _read(place: Place, entries: Mapping[str, Entry], shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """One Flax parameter of the given shape, filled tensor by tensor: no second copy of it in memory."""
     filled = np.empty(shape, jnp.dtype(dtype))
-    parts = filled if place.stacked else filled[None]
+    parts = filled.reshape(-1, *shape[len(place.stack) :])
     for part, tensor in zip(parts, place.tensors, strict=True):
         part[...] = _oriented(entries[tensor], place, part.shape)
     return jnp.asarray(filled)
@@ -111,7 +130,7 @@ def _oriented(entry: Entry, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         raise CheckpointError(
             f"{entry.file}: {entry.name} has shape {list(entry.shape)}; config.json asks for {list(expected)}"
         )
-    if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
+    if not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:  # packed F4 reads as uint8
         raise UnsupportedError(
             f"{entry.file}: {entry.name} is stored as {entry.dtype}; expected float16, bfloat16, float32 "
             "or float64. Already quantized weights cannot be quantized again: load the original checkpoint"

@@ -29,7 +29,12 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
 }
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Elements that are narrower than a byte, and their bits: they are read as the bytes they are packed in, uint8."""
 
 # The limit of the reference implementation; a longer header is damage or an attack on memory.
 MAX_HEADER = 100_000_000
@@ -37,26 +42,47 @@ MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its file, and its first byte counted from the start of that file."""
+    """Where one tensor lies: its file, and its first byte counted from the start of that file.
+
+    `shape` counts elements. `dtype` is what `read` gives: of elements narrower than a byte (`bits` 4 or 6) uint8, the
+    bytes they are packed in along the last axis (F4: two a byte, as their writer ordered them).
+    """
 
     file: Path
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    bits: int | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of what `read` gives."""
+        return self.shape if self.bits is None else (*self.shape[:-1], self.shape[-1] * self.bits // 8)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.stored) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file; pages are loaded when touched."""
-        if self.nbytes == 0:
-            return np.empty(self.shape, self.dtype)
-        raw = np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(self.nbytes,))
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The tensor, or indices `start` to `stop` of its first axis: a read-only view of the mapped file.
+
+        Pages are loaded when touched, and only those of the slice can be.
+        """
+        shape = self.stored
+        if shape:
+            first, last, _ = slice(start, stop).indices(shape[0])
+            shape = (max(last - first, 0), *shape[1:])
+            begin = self.offset + first * math.prod(shape[1:]) * self.dtype.itemsize
+        else:
+            begin = self.offset
+        size = math.prod(shape) * self.dtype.itemsize
+        if size == 0:
+            return np.empty(shape, self.dtype)
+        raw = np.memmap(self.file, np.uint8, "r", offset=begin, shape=(size,))
         # A view needs an aligned start, which the format recommends but does not promise.
-        raw = raw if self.offset % self.dtype.itemsize == 0 else raw.copy()
-        return raw.view(self.dtype).reshape(self.shape)
+        raw = raw if begin % self.dtype.itemsize == 0 else raw.copy()
+        return raw.view(self.dtype).reshape(shape)
 
 
 def open_folder(folder: Path) -> dict[str, Entry]:
@@ -117,9 +143,13 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {name}: shape {shape!r} or data_offsets {offsets!r} is not a list of sizes")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name}: dtype {dtype!r} is not read; known are {', '.join(DTYPES)}")
-    entry = Entry(path, name, DTYPES[dtype], tuple(shape), start + offsets[0])
+    if not isinstance(dtype, str) or dtype not in {**DTYPES, **PACKED}:
+        known = ", ".join([*DTYPES, *PACKED])
+        raise CheckpointError(f"{path}: {name}: dtype {dtype!r} is not read; known are {known}")
+    bits = PACKED.get(dtype)
+    if bits is not None and (not shape or shape[-1] * bits % 8):
+        raise CheckpointError(f"{path}: {name}: {dtype}{shape}: the last axis does not fill whole bytes")
+    entry = Entry(path, name, DTYPES["U8" if bits else dtype], tuple(shape), start + offsets[0], bits)
     if offsets[1] - offsets[0] != entry.nbytes or start + offsets[1] > size:
         raise CheckpointError(
             f"{path}: {name}: data_offsets {offsets} should span the {entry.nbytes} bytes of "

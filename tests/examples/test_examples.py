@@ -72,6 +72,15 @@ def test_rotate(tmp_path):
     assert float(after) < float(before) / 2  # three channels a hundred times the others, spread over 256
 
 
+def test_generate(tmp_path):
+    text = output_of("generate.py", folder=tmp_path)
+    blocks = re.split(r"^--- .*$", text, flags=re.MULTILINE)[1:]
+    assert [block.count("\n") for block in blocks] == [3, 3, 3]
+    greedy, drawn, packed = (block.split() for block in blocks)
+    assert greedy != drawn
+    assert greedy[:8] == packed[:8]  # INT4 in blocks of 64 begins as the float model does
+
+
 ADAM = {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}  # optax.adam multiplies Python numbers with int32 arrays
 
 

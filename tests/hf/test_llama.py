@@ -210,13 +210,21 @@ def test_config_of_transformers_5():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; known are silu, .*ACTIVATIONS"),
         ({"vocab_size": None}, "vocab_size is None; expected a positive whole number"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
         ({"num_key_value_heads": 4}, "6 is no multiple of num_key_value_heads 4"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'; .* default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "cubic", "factor": 2.0}},
+            "'cubic' is not computed; .* default, linear, llama3",
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' .* cached keys .* write that"),
+        ({"rope_scaling": {"rope_type": "yarn"}, "max_position_embeddings": 64}, "'yarn' lacks factor"),
+        (
+            {"head_dim": 8, "max_position_embeddings": 64}
+            | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}},
+            "short_factor has 1 numbers; expected 4",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),
     ],
 )

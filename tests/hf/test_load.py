@@ -161,6 +161,12 @@ def test_a_new_family_is_one_value(tmp_path, monkeypatch):
     assert config.hidden_size == 16
 
 
+def test_a_setting_of_the_wrong_kind(tmp_path):
+    for change in ({"rope_theta": "large"}, {"rope_scaling": [1]}, {"rope_parameters": "yarn"}):
+        with pytest.raises(CheckpointError, match="a setting is of the wrong kind"):
+            load_config(write(tmp_path, tensors(), **change))
+
+
 @pytest.mark.parametrize(("text", "words"), [("{", "JSON cannot be read"), ("[]", "is a list")])
 def test_broken_config(text, words, tmp_path):
     folder = write(tmp_path, tensors())

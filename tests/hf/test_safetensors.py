@@ -83,7 +83,7 @@ def test_the_view_is_read_only(tmp_path):
         ({"x": entry(shape=[2.0, 2])}, "is not a list of sizes"),
         ({"x": entry(shape=[True, 4])}, "is not a list of sizes"),
         ({"x": entry(offsets=[0])}, r"data_offsets \[0\]"),
-        ({"x": entry("F4")}, "dtype 'F4' is not read; known are BOOL"),
+        ({"x": entry("F5")}, "dtype 'F5' is not read; known are BOOL"),
         ({"x": entry(dtype=["U8"])}, "is not read"),
         ({"x": entry(offsets=[0, 3])}, "should span the 4 bytes"),
         ({"x": entry(offsets=[4, 0])}, "should span the 4 bytes"),
@@ -95,6 +95,41 @@ def test_the_view_is_read_only(tmp_path):
 def test_damaged_headers(header, words, tmp_path):
     with pytest.raises(CheckpointError, match=words):
         open_file(write(tmp_path / "a", header, b"abcd"))
+
+
+def test_elements_narrower_than_a_byte(tmp_path):
+    """F4: two a byte, the first in the low nibble; F6: four in three bytes. The shape counts elements."""
+    header = {"x": entry("F4", [2, 3, 4], [0, 12]), "y": entry("F6_E2M3", [4, 4], [12, 24])}
+    entries = open_file(write(tmp_path / "a", header, bytes(range(24))))
+    assert (entries["x"].shape, entries["x"].bits, entries["x"].dtype) == ((2, 3, 4), 4, np.uint8)
+    np.testing.assert_array_equal(entries["x"].read(), np.arange(12).reshape(2, 3, 2))
+    np.testing.assert_array_equal(entries["x"].read(1), np.arange(6, 12).reshape(1, 3, 2))
+    np.testing.assert_array_equal(entries["y"].read(), np.arange(12, 24).reshape(4, 3))
+    for shape in ([3], []):
+        with pytest.raises(CheckpointError, match="F4.*does not fill whole bytes"):
+            open_file(write(tmp_path / "b", {"x": entry("F4", shape, [0, 2])}, b"ab"))
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_slices(pad, tmp_path):
+    """By the first axis, as numpy slices; also where the tensor starts at an odd byte."""
+    x = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
+    header = {"p": entry(shape=[pad], offsets=[0, pad]), "x": entry("F32", [6, 2, 2], [pad, pad + 96])}
+    found = open_file(write(tmp_path / "a", header, bytes(pad) + x.tobytes()))["x"]
+    for part in (slice(None), slice(2, 5), slice(-2, None), slice(4, 99), slice(3, 3), slice(5, 2)):
+        np.testing.assert_array_equal(found.read(part.start or 0, part.stop), x[part])
+
+
+def test_a_slice_reads_no_more_than_itself(tmp_path):
+    """The file is cut off behind the slice's last byte after it was opened: the slice is read all the same."""
+    x = np.arange(1 << 14, dtype=np.int64).reshape(1 << 10, 16)
+    save_file({"x": x}, tmp_path / "a")
+    found = open_file(tmp_path / "a")["x"]
+    with (tmp_path / "a").open("r+b") as file:
+        file.truncate(found.offset + 10 * 128)
+    np.testing.assert_array_equal(found.read(2, 10), x[2:10])
+    with pytest.raises(ValueError, match="mmap length is greater than file size"):
+        found.read(2, 11)
 
 
 def test_damaged_files(tmp_path):
