@@ -1,6 +1,7 @@
 """The plan of the house, kept true: imports run down, one door to each dependency, one face."""
 
 import ast
+import functools
 import os
 import pathlib
 import re
@@ -108,6 +109,7 @@ def imported(tree: ast.AST, package: tuple[str, ...]) -> set[str]:
     return found
 
 
+@functools.cache
 def imports(path: pathlib.Path) -> set[str]:
     source = ROOT / "kernels" if path.is_relative_to(KERNELS) else ROOT
     return imported(ast.parse(path.read_text()), path.relative_to(source).parent.parts)
