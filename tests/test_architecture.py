@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
     {"_auto"},
     {"export"},
     {"hf"},
+    {"artifacts"},
     {"frontends"},
     {"_model"},
     {"_export", "_load_hf"},
@@ -60,7 +61,7 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "export", "load_hf", "QTensor", "formats", "algorithms", "linen", "nnx"),
-    *("axis_rules", "kv_cache", "train", "transforms"),
+    *("artifacts", "axis_rules", "kv_cache", "train", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }

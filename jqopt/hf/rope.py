@@ -223,6 +223,11 @@ def rope_frequencies(config: HasRope) -> np.ndarray:
     return config.rope().frequencies()
 
 
+def places(count: Any) -> Any:
+    """0, 1, ..., count - 1, int32: a constant of the program, or computed by it where the count is symbolic."""
+    return np.arange(count, dtype=np.int32) if isinstance(count, int) else jnp.arange(count, dtype=jnp.int32)
+
+
 def rotate(x: jax.Array, frequencies: Any, start: jax.Array | None = None, *, factor: Any = 1.0) -> jax.Array:
     """Rotary positions 0, 1, ... applied to x [batch, tokens, heads, head_dim]; the same dtype comes out.
 
@@ -231,7 +236,7 @@ def rotate(x: jax.Array, frequencies: Any, start: jax.Array | None = None, *, fa
         start: int [] or [batch]: the first token's position, where it isn't 0.
         factor: what cosines and sines are multiplied by.
     """
-    positions: Any = np.arange(x.shape[1], dtype=np.float32)
+    positions: Any = places(x.shape[1]).astype(np.float32)
     if start is not None:
         positions = positions + start.astype(jnp.float32)[..., None]
     angles = jnp.asarray(positions[..., None] * frequencies)
