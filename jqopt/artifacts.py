@@ -22,13 +22,15 @@ _GPUS = ("cuda", "rocm")  # what jax.default_backend() calls "gpu"
 
 
 class Artifact:
-    """A loaded program with its weights: call it as the model. `manifest` says what it takes.
+    """A loaded program with its weights: call it as the model. `manifest` says what it takes, `program` is JAX's
+    `Exported` of a function of (`weights`, inputs).
 
     `artifact(*inputs, **named)` takes the model's arrays in their order or by name, also inside of `jax.jit`.
     """
 
     def __init__(self, directory: Path, manifest: _Manifest, platform: str, program: Any, weights: list[jax.Array]):
         self.directory, self.manifest, self.platform, self.weights = directory, manifest, platform, weights
+        self.program = program
         self._run = jax.jit(program.call)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:

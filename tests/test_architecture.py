@@ -45,7 +45,7 @@ FLOORS: list[set[str]] = [
     {"_cli_print"},
     {"_cli_data"},
     {"_cli_models"},
-    {"_cli_inspect", "_cli_trace", "_cli_evaluate", "_cli_generate", "_cli_quantize"},
+    {"_cli_inspect", "_cli_trace", "_cli_evaluate", "_cli_generate", "_cli_quantize", "_cli_serve"},
     {"cli"},
     {"__main__"},
 ]

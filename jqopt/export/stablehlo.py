@@ -21,6 +21,7 @@ from jqopt.export.artifact import Array, Data, Input, Manifest, Program
 from jqopt.export.calls import Bounds, Call, call_of, given, symbolic
 from jqopt.export.manifest import writer
 
+NAME = "stablehlo"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 STORED = {
@@ -113,7 +114,7 @@ def export(
     files = sorted(out.iterdir())
     shapes = {x.name: f"{x.dtype}[{', '.join(map(str, x.shape))}]" for x in call.inputs}
     size = sum(f.stat().st_size for f in files)
-    return Exported(out, "stablehlo", tuple(platforms), shapes, len(arrays), size, tuple(f.name for f in files))
+    return Exported(out, NAME, tuple(platforms), shapes, len(arrays), size, tuple(f.name for f in files))
 
 
 # ---------------------------------------------------------------------------------------------------- weights
