@@ -194,9 +194,10 @@ def _lower(qm: Any, platform: str, call: Call, backend: str | None) -> tuple[Any
         raise
     except Exception as error:
         named = ", ".join(f"{n} of {b[0]} to {b[1]}" for n, b in call.dims.items())
-        hint = f" with a symbolic {named}. If it branches on sizes, fix them, as in length=128" if named else ""
+        hint = f" with a symbolic {named}. If it branches on a size, fix it, as in length=128" if named else ""
+        what = next(iter(str(error).splitlines()), "")
         raise UnsupportedError(
-            f"{qm.plan.function.name} can't be exported for {platform}{hint}. {type(error).__name__}: {error}"
+            f"{qm.plan.function.name} can't be exported for {platform}{hint}. {type(error).__name__}: {what}"
         ) from error
     return exported, outlines[-1]
 

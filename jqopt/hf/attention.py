@@ -13,7 +13,7 @@ from jqopt import kv_cache
 from jqopt.errors import UnsupportedError
 from jqopt.hf.config import DecoderConfig, LayerKind
 from jqopt.hf.norm import RMSNorm
-from jqopt.hf.rope import places, rotate
+from jqopt.hf.rope import rotate
 from jqopt.kv_cache import KVCache
 
 DTypeLike = Any
@@ -42,7 +42,8 @@ def causal_attention(
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = kv_cache.capped(scores * jnp.float32(width**-0.5 if scale is None else scale), softcap)
-    back = places(tokens)[:, None] - places(tokens)
+    at = np.arange(tokens) if isinstance(tokens, int) else jnp.arange(tokens, dtype=jnp.int32)  # symbolic: computed
+    back = at[:, None] - at
     visible = back >= 0 if window is None else (back >= 0) & (back < window)
     weights = jax.nn.softmax(jnp.where(visible, scores, jnp.float32(-jnp.inf)), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)

@@ -223,11 +223,6 @@ def rope_frequencies(config: HasRope) -> np.ndarray:
     return config.rope().frequencies()
 
 
-def places(count: Any) -> Any:
-    """0, 1, ..., count - 1, int32: a constant of the program, or computed by it where the count is symbolic."""
-    return np.arange(count, dtype=np.int32) if isinstance(count, int) else jnp.arange(count, dtype=jnp.int32)
-
-
 def rotate(x: jax.Array, frequencies: Any, start: jax.Array | None = None, *, factor: Any = 1.0) -> jax.Array:
     """Rotary positions 0, 1, ... applied to x [batch, tokens, heads, head_dim]; the same dtype comes out.
 
@@ -236,10 +231,11 @@ def rotate(x: jax.Array, frequencies: Any, start: jax.Array | None = None, *, fa
         start: int [] or [batch]: the first token's position, where it isn't 0.
         factor: what cosines and sines are multiplied by.
     """
-    positions: Any = places(x.shape[1]).astype(np.float32)
+    # computed, not a constant: XLA's folded cosines differ in the last bit from those of a program of any length
+    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
     if start is not None:
         positions = positions + start.astype(jnp.float32)[..., None]
-    angles = jnp.asarray(positions[..., None] * frequencies)
+    angles = positions[..., None] * frequencies
     angles = angles[None, :, None, :] if angles.ndim == 2 else angles[:, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if not isinstance(factor, float) or factor != 1.0:

@@ -319,7 +319,7 @@ def test_a_model_that_branches_on_a_size(tmp_path):
     recipe = {"schema": 1, "name": "t", "rules": [{"match": "*", "weight": "int8"}]}
     params = {"w": jnp.ones((32, 16))}
     qm = jqopt.quantize_model(model, recipe, params=params, inputs=jax.ShapeDtypeStruct((2, 32), jnp.float32))
-    with pytest.raises(UnsupportedError, match="batch of 1 to 8. If it branches on sizes, fix them"):
+    with pytest.raises(UnsupportedError, match="batch of 1 to 8. If it branches on a size, fix it, as in length=128"):
         jqopt.export(qm, tmp_path / "out", "stablehlo")
     assert not list(tmp_path.iterdir())
     jqopt.export(qm, tmp_path / "out", "stablehlo", batch=(1, 3))
