@@ -110,9 +110,9 @@ def _names(model: Any, call: tuple[tuple, dict]) -> list[str]:
 
 def _parameters(model: Any) -> list[str]:
     """The names of the positional inputs of a Linen module, an NNX module, or a function of (params, *inputs)."""
-    modules = hasattr(model, "apply") or hasattr(model, "__graphdef__") or not inspect.isfunction(model)
+    call = model if inspect.isfunction(model) else type(model).__call__  # the first parameter is params, or self
     try:
-        found = list(inspect.signature(type(model).__call__ if modules else model).parameters.values())[1:]
+        found = list(inspect.signature(call).parameters.values())[1:]
     except (TypeError, ValueError):
         return []
     return [p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -18,12 +18,16 @@ from flax import nnx
 
 import jqopt
 from jqopt.errors import CheckpointError, UnsupportedError
+from jqopt.export import artifact as artifact_file
+from jqopt.hf import load_model
 from tests.export import tiny
+from tests.hf import zoo
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+GOLDEN = Path(__file__).parents[1] / "hf" / "golden"
 TOKENS = ((jax.ShapeDtypeStruct((1, 8), jnp.int32),), {})
 
 
@@ -264,6 +268,20 @@ def test_a_folder_is_replaced_only_if_told_and_only_if_ours(model, folder, tmp_p
         jqopt.export(out, tmp_path / "y", "stablehlo")
 
 
+def test_a_failure_leaves_what_was_there(model, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+
+    def full(path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(artifact_file, "sha256", full)
+    with pytest.raises(OSError, match="no space left"):
+        jqopt.export(model, tmp_path / "out", "stablehlo", overwrite=True, batch=1, length=8)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
 # ---- other models
 
 
@@ -323,3 +341,15 @@ def test_a_model_that_branches_on_a_size(tmp_path):
         jqopt.export(qm, tmp_path / "out", "stablehlo")
     assert not list(tmp_path.iterdir())
     jqopt.export(qm, tmp_path / "out", "stablehlo", batch=(1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.GOLDEN)
+def test_bits_of_every_family(family, tmp_path):
+    """A window, experts, soft caps, learned positions: all of symbolic length."""
+    module, variables = load_model(GOLDEN / family)
+    recipe = {**tiny.COMPRESSED_TENSORS["W8A16_CHANNEL"], "extends": [tiny.KEEP]}
+    qm = jqopt.quantize_model(module, recipe, params=variables, inputs=jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    jqopt.export(qm, tmp_path / "out", "stablehlo", length=(1, 32))  # GPT-2 has 32 positions
+    x = np.random.default_rng(0).integers(0, 40, (4, 30)).astype(np.int32)
+    np.testing.assert_array_equal(jqopt.artifacts.load(tmp_path / "out")(x), qm(x))
