@@ -1,6 +1,6 @@
 """jqopt: declarative quantization for JAX. Recipes in YAML, plans as data, packed weights under jax.jit."""
 
-from jqopt import algorithms, axis_rules, formats, kv_cache, train, transforms
+from jqopt import algorithms, artifacts, axis_rules, formats, kv_cache, train, transforms
 from jqopt._apply import apply
 from jqopt._calibrate import calibrate
 from jqopt._export import export
@@ -33,6 +33,7 @@ __all__ = [
     "UnsupportedError",
     "algorithms",
     "apply",
+    "artifacts",
     "axis_rules",
     "calibrate",
     "export",

@@ -38,13 +38,16 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def apply(plan: Plan, *, simulate: bool = False, backend: str | None = None) -> Callable[..., Any]:
+def apply(
+    plan: Plan, *, simulate: bool = False, backend: str | None = None, device: str | None = None
+) -> Callable[..., Any]:
     """`apply(plan)(quant, *inputs, **kwargs)` runs the quantized model. Pure: jit, grad, vmap and shard it.
 
     Args:
         simulate: float32 quantize-dequantize arithmetic at every site instead of packed kernels; both agree up to
             the order of accumulation.
         backend: name of one kernel of `jqopt_kernels`, instead of the best for the shapes and the device.
+        device: what to choose kernels for ("cpu", "cuda", "tpu"), to lower for another than JAX's default one.
 
     The model is traced again for each new set of shapes, inside the jit cache; the plan stays. Arguments that are not
     arrays (a method's name, `train=True`) are static. Gradients go straight through the quantizers.
@@ -55,7 +58,7 @@ def apply(plan: Plan, *, simulate: bool = False, backend: str | None = None) -> 
     """
     if plan.function is None:
         raise PlanError("this plan was read from a file and has no model; load it with jqopt.load(dir, model)")
-    return Static(functools.partial(_run, plan, simulate, backend))
+    return Static(functools.partial(_run, plan, simulate, backend, device))
 
 
 class Static:
@@ -75,8 +78,10 @@ class Static:
         return self.run(quant, *rebuild(arrays))
 
 
-def _run(plan: Plan, simulate: bool, backend: str | None, quant: Any, inputs: tuple, kwargs: dict) -> Any:
-    return run(plan, lambda sites: Executor(sites, simulate, backend), quant, inputs, kwargs)
+def _run(
+    plan: Plan, simulate: bool, backend: str | None, device: str | None, quant: Any, inputs: tuple, kwargs: dict
+) -> Any:
+    return run(plan, lambda sites: Executor(sites, simulate, backend, device), quant, inputs, kwargs)
 
 
 def run(plan: Plan, rule_of: Callable[[list], Executor], quant: Any, inputs: tuple, kwargs: dict) -> Any:
@@ -192,9 +197,11 @@ class Executor(Sited):
     Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
     """
 
-    def __init__(self, sites: Sequence[tuple[Any, Any]], simulate: bool, backend: str | None):
+    def __init__(
+        self, sites: Sequence[tuple[Any, Any]], simulate: bool, backend: str | None, device: str | None = None
+    ):
         super().__init__(sites)
-        self.simulate, self.backend = simulate, backend
+        self.simulate, self.backend, self.device = simulate, backend, device
         self.values: dict[tuple, tuple[jax.Array, _ops.Activation]] = {}
 
     def __call__(self, address: Address, eqn: Any, values: Sequence[Any], state: State) -> tuple[list, State]:
@@ -228,7 +235,7 @@ class Executor(Sited):
         It is computed once for a group: its members read one activation and have one input scale.
         """
         spec = decision.input_format
-        codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend)
+        codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend, self.device)
         static = tensor.input_scale if spec is not None and spec.static else None
         key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
@@ -251,7 +258,7 @@ class Executor(Sited):
         self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: _ops.InputFormat | None
     ) -> jax.Array:
         """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
-        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend)
+        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend, device=self.device)
 
     def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
         """float32 [*index, k]: rows of a table."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jqopt._model import QuantizedModel
 from jqopt.errors import CheckpointError, UnsupportedError
-from jqopt.export import compressed_tensors, modelopt
+from jqopt.export import compressed_tensors, modelopt, stablehlo
 from jqopt.export.checkpoint import METADATA, Checkpoint
 from jqopt.export.parameters import InMemory, OnDisk, Parameters
 from jqopt.export.schemes import Target
@@ -30,27 +29,21 @@ def _folders(target: Target) -> Callable[..., Any]:
 
 
 def _stablehlo(model: Any, directory: str | Path, **options: Any) -> Any:
-    """A compiled program with its weights, from the file of its own."""
-    name = "jqopt.export.stablehlo"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise UnsupportedError(f"target 'stablehlo' is not there yet; there are {', '.join(_there())}") from None
-    return module.export(model, directory, **options)
+    """A program for each platform, with its weights; a checkpoint on disk has none."""
+    if not isinstance(model, QuantizedModel):
+        raise UnsupportedError(
+            f"target 'stablehlo' needs a model that runs, found {model!r}: load it with jqopt.load(dir, model). (The "
+            "command line, `jqopt export CKPT --target stablehlo`, does.)"
+        )
+    return stablehlo.export(model, directory, **options)
 
 
 TARGETS: dict[str, Callable[..., Any]] = {
     compressed_tensors.METHOD: _folders(compressed_tensors.TARGET),
     modelopt.METHOD: _folders(modelopt.TARGET),
-    "stablehlo": _stablehlo,
+    stablehlo.NAME: _stablehlo,
 }
 """What `export` can write, by name: functions of (model, directory, **options)."""
-
-
-def _there() -> list[str]:
-    return [name for name in TARGETS if name != "stablehlo"]
 
 
 def export(model: QuantizedModel | str | Path, directory: str | Path, target: str = DEFAULT, **options: Any) -> Any:
@@ -63,7 +56,9 @@ def export(model: QuantizedModel | str | Path, directory: str | Path, target: st
         options: of the first two targets: `source`, the Hugging Face folder of the float model, from which config.json
             and tokenizer come (checkpoints of `jqopt quantize` and models of `load_hf` know theirs); `engine`, who must
             load it (default vLLM; "other": don't ask); `dtype` of unquantized parameters (default: config.json's);
-            `max_shard_size` in bytes; `overwrite`; `resume`, to go on after a cut.
+            `max_shard_size` in bytes; `overwrite`; `resume`, to go on after a cut. Of "stablehlo" (docs/export.md),
+            which takes no folder: the bounds `batch` and `length`, `platforms`, `overwrite`, `dims`, `axes`, `inputs`,
+            `backend`.
 
     Returns:
         What was written; `print` it.

@@ -86,11 +86,15 @@ def _rows(spec: InputFormat) -> str:
 # --------------------------------------------------------------------------------------------- matrices
 
 
-def takes_codes(spec: InputFormat | None, weight: QTensor, m: int, simulate: bool, backend: str | None) -> bool:
+def takes_codes(
+    spec: InputFormat | None, weight: QTensor, m: int, simulate: bool, backend: str | None, device: str | None = None
+) -> bool:
     """Will a product with m rows multiply the activation's codes, rather than the values they stand for?"""
     if spec is None or simulate or weight.format.then is not None:
         return False
-    return backend is not None or _find(operand(spec.format, _rows(spec)), _facts(weight), m, None).low_precision
+    if backend is not None:
+        return True
+    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, None, device).low_precision
 
 
 class Activation(NamedTuple):
@@ -126,19 +130,25 @@ def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[
 
 
 def matmul(
-    x: Activation, weight: QTensor, spec: InputFormat | None, *, simulate: bool = False, backend: str | None = None
+    x: Activation,
+    weight: QTensor,
+    spec: InputFormat | None,
+    *,
+    simulate: bool = False,
+    backend: str | None = None,
+    device: str | None = None,
 ) -> jax.Array:
     """x [*stack, m, k] times a packed weight [*stack, n, k], transposed: float32 [*stack, m, n].
 
-    `spec` says how codes in x were made. The gradient goes straight through both quantizers:
-    dx = dy @ dequantized(weight).
+    `spec` says how codes in x were made; `device` for what to choose the kernel, default this process's. The gradient
+    goes straight through both quantizers: dx = dy @ dequantized(weight).
     """
     facts = _facts(weight)
     arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
     lhs = None if x.codes is None else (x.codes, x.lost)
 
     def run(x: jax.Array, lhs: Any, arrays: kernels.Packed) -> jax.Array:
-        return _traced_once(x, lhs, arrays, facts, spec, simulate, backend)
+        return _traced_once(x, lhs, arrays, facts, spec, simulate, backend, device)
 
     for _ in range(weight.data.ndim - 2):
         run = jax.vmap(run)
@@ -149,9 +159,16 @@ def _facts(weight: QTensor) -> Weight:
     return Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
 
 
-def _find(lhs: kernels.Operand, facts: Weight, m: int, backend: str | None) -> kernels.Kernel:
-    rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(m, facts.n, facts.k)
-    return kernels.find("qdot", lhs, rhs, jax.default_backend(), shapes, backend=backend)
+MANY = 1 << 20
+"""Rows to choose a kernel by where their number is symbolic: those for many rows are right for every number."""
+
+
+def _find(
+    lhs: kernels.Operand, facts: Weight, m: int, backend: str | None, device: str | None = None
+) -> kernels.Kernel:
+    rows = m if isinstance(m, int) else MANY
+    rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(rows, facts.n, facts.k)
+    return kernels.find("qdot", lhs, rhs, device or jax.default_backend(), shapes, backend=backend)
 
 
 TWICE = "float (weights of two formats in sequence have no kernel: they are decoded)"
@@ -159,15 +176,17 @@ FLOAT = kernels.Operand("float", None, None, None)
 _NT = (((1,), (1,)), ((), ()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _product(x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _product(
+    x, lhs, arrays, facts: Weight, spec: InputFormat | None, simulate: bool, backend: str | None, device: str | None
+):
     if simulate or facts.format.then is not None:
         return lax.dot_general(x.astype(jnp.float32), _decoded(facts, arrays), _NT)
     if lhs is None or spec is None:
-        return _run(_find(FLOAT, facts, x.shape[0], backend), FLOAT, facts, x, arrays)
+        return _run(_find(FLOAT, facts, x.shape[0], backend, device), FLOAT, facts, x, arrays)
     codes, lost = lhs
     described = operand(spec.format, _rows(spec))
-    out = _run(_find(described, facts, x.shape[0], backend), described, facts, codes, arrays)
+    out = _run(_find(described, facts, x.shape[0], backend, device), described, facts, codes, arrays)
     return out if lost is None else out + lost
 
 
@@ -185,15 +204,15 @@ def _decoded(facts: Weight, arrays: kernels.Packed) -> jax.Array:
 
 
 # jitted so that JAX traces and lowers it once for all sites of one shape
-_traced_once = jax.jit(lambda *args: _product(*args), static_argnums=(3, 4, 5, 6))
+_traced_once = jax.jit(lambda *args: _product(*args), static_argnums=(3, 4, 5, 6, 7))
 
 
-def _product_fwd(x, lhs, arrays, facts, spec, simulate, backend):
-    out = _product(x, lhs, arrays, facts, spec, simulate, backend)
+def _product_fwd(x, lhs, arrays, facts, spec, simulate, backend, device):
+    out = _product(x, lhs, arrays, facts, spec, simulate, backend, device)
     return out, (arrays, jnp.zeros((0,), x.dtype))
 
 
-def _product_bwd(facts, spec, simulate, backend, kept, g):
+def _product_bwd(facts, spec, simulate, backend, device, kept, g):
     arrays, like = kept
     dx = lax.dot_general(g.astype(jnp.float32), _decoded(facts, arrays), (((1,), (0,)), ((), ())))
     return dx.astype(like.dtype), None, None

@@ -46,6 +46,14 @@ def _size(text: str) -> int:
     return int(float(found[1]) * step ** ("KMGT".index(found[2].upper()) + 1 if found[2] else 0))
 
 
+def _bounds(text: str) -> tuple[int, int]:
+    """`1:512`, or one size."""
+    found = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", text.strip())
+    if not found or int(found[1]) > int(found[2] or found[1]):
+        raise typer.BadParameter(f"{text!r} is neither a size nor LEAST:MOST, such as 1:512")
+    return int(found[1]), int(found[2] or found[1])
+
+
 def _shapes(texts: list[str]) -> list[str]:
     from jqopt._cli_models import inputs_of
 
@@ -390,21 +398,51 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that is there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an export that was cut.")] = False,
+    batch: Annotated[
+        Any, typer.Option("--batch", metavar="N|MIN:MAX", parser=_bounds, help="stablehlo: rows; default 1:8.")
+    ] = None,
+    length: Annotated[
+        Any, typer.Option("--length", metavar="N|MIN:MAX", parser=_bounds, help="stablehlo: tokens; default 1:512.")
+    ] = None,
+    platform: Annotated[
+        list[str] | None, typer.Option("--platform", help="stablehlo: cpu (default), cuda, rocm, tpu; once for each.")
+    ] = None,
+    model: OtherModel = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
-    """Write a checkpoint for other programs: vLLM, SGLang, TensorRT-LLM, transformers."""
-    import jqopt
+    """Write a checkpoint for other programs: vLLM, SGLang, TensorRT-LLM, transformers; or as a program of its own."""
+    from jqopt import _cli_serve
     from jqopt._cli_models import warn_if_random
 
     warn_if_random(checkpoint)
-    given = {
+    folders = {
         "source": source, "engine": engine, "dtype": None if dtype is None else dtype.value, "resume": resume or None,
-        "max_shard_size": max_shard_size, "overwrite": overwrite or None,
+        "max_shard_size": max_shard_size,
     }  # fmt: skip
-    options = {name: x for name, x in given.items() if x is not None}
-    done = jqopt.export(checkpoint, out, target, **options)
+    programs = {"batch": batch, "length": length, "platforms": platform or None, "model": model}
+    mine, others = (programs, folders) if target == "stablehlo" else (folders, programs)
+    if wrong := [name for name, x in others.items() if x is not None]:
+        raise typer.BadParameter(f"--{wrong[0].replace('_', '-').removesuffix('s')} isn't for --target {target}")
+    options = {name: x for name, x in {**mine, "overwrite": overwrite or None}.items() if x is not None}
+    done = _cli_serve.export(checkpoint, out, target, options.pop("model", None), options)
     return Shown(done.to_dict() if hasattr(done, "to_dict") else {"out": str(out)}, str(done))
+
+
+@app.command("serve-check")
+@command
+def serve_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `jqopt export` wrote.")],
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows to try; default 2.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens to try; default 16.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Shown:
+    """Whether an export loads and runs: one batch of random tokens."""
+    from jqopt import _cli_serve
+
+    asked = {"batch": batch, "length": length}
+    return _cli_serve.serve_check(folder, {name: x for name, x in asked.items() if x is not None})
 
 
 def _version(wanted: bool) -> None:

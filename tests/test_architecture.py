@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
     {"_auto"},
     {"export"},
     {"hf"},
+    {"artifacts"},
     {"frontends"},
     {"_model"},
     {"_export", "_load_hf"},
@@ -45,7 +46,7 @@ FLOORS: list[set[str]] = [
     {"_cli_print"},
     {"_cli_data"},
     {"_cli_models"},
-    {"_cli_inspect", "_cli_trace", "_cli_evaluate", "_cli_generate", "_cli_quantize"},
+    {"_cli_inspect", "_cli_trace", "_cli_evaluate", "_cli_generate", "_cli_quantize", "_cli_serve"},
     {"cli"},
     {"__main__"},
 ]
@@ -61,7 +62,7 @@ BANNED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "torch", "tensor
 FACE = {
     *("load_recipe", "list_recipes", "trace", "plan", "calibrate", "quantize", "apply"),
     *("quantize_model", "save", "load", "export", "load_hf", "QTensor", "formats", "algorithms", "linen", "nnx"),
-    *("axis_rules", "kv_cache", "train", "transforms"),
+    *("artifacts", "axis_rules", "kv_cache", "train", "transforms"),
     *("JqoptError", "RecipeError", "TraceError", "PlanError"),
     *("CalibrationError", "CheckpointError", "UnsupportedError"),
 }

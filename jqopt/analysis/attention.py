@@ -216,7 +216,7 @@ def _site(a: Equation, b: Equation, side: int, search: _Search, weights: Mapping
     shape = {
         "q": (a, 1 - k, operand_axes(a, 1 - k)[1]),
         "k": (a, k, operand_axes(a, k)[1]),
-        "v": (b, 1 - side, tuple(d for d in free if b.inputs[1 - side].shape[d] > 1) or free),
+        "v": (b, 1 - side, tuple(d for d in free if b.inputs[1 - side].shape[d] != 1) or free),
         "p": (b, side, operand_axes(b, side)[1]),
     }
     operands = tuple(_operand(role, *shape[role], search.made) for role in ROLES)

@@ -113,7 +113,10 @@ def _squeeze(e: Equation, labels: Sequence[Label]) -> Sequence[Label]:
 
 
 def _reshape(e: Equation, labels: Sequence[Label]) -> Sequence[Label]:
-    """Factors are dealt out in order; one that straddles a border is split, if it divides."""
+    """Factors are dealt out in order; one that straddles a border is split, if it divides.
+
+    Sizes may be symbolic, where `<` has no answer: what divides decides.
+    """
     if labels[0] is None:
         return [None]
     known = [a or ((-1, n),) for a, n in zip(labels[0], e.inputs[0].shape, strict=True)]
@@ -122,24 +125,27 @@ def _reshape(e: Equation, labels: Sequence[Label]) -> Sequence[Label]:
     for size in e.outputs[0].shape:
         axis: list[tuple[int, int]] = []
         got = 1
-        while got < size or (size == 1 and not axis and left and left[-1][1] == 1):
-            while got < size and left and left[-1][1] == 1:
+        while _below(got, size) or (size == 1 and not axis and left and left[-1][1] == 1):
+            while _below(got, size) and left and left[-1][1] == 1:
                 left.pop()
             if not left:
                 return [None]
             origin, n = left.pop()
             need = size // got
-            if n > need:
-                if n % need:
+            if need % n != 0:
+                if n % need != 0:
                     return [None]
                 left.append((origin, n // need))
                 n = need
-            elif need % n:
-                return [None]
             axis.append((origin, n))
             got *= n
         out.append(() if all(o < 0 for o, _ in axis) else tuple(axis))
     return [tuple(out)]
+
+
+def _below(got: int, size: int) -> bool:
+    """got < size, where got divides size."""
+    return got < size if isinstance(got, int) and isinstance(size, int) else got != size
 
 
 def _gather(e: Equation, labels: Sequence[Label]) -> Sequence[Label]:

@@ -42,7 +42,8 @@ def causal_attention(
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = kv_cache.capped(scores * jnp.float32(width**-0.5 if scale is None else scale), softcap)
-    back = np.arange(tokens)[:, None] - np.arange(tokens)
+    at = np.arange(tokens) if isinstance(tokens, int) else jnp.arange(tokens, dtype=jnp.int32)  # symbolic: computed
+    back = at[:, None] - at
     visible = back >= 0 if window is None else (back >= 0) & (back < window)
     weights = jax.nn.softmax(jnp.where(visible, scores, jnp.float32(-jnp.inf)), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)

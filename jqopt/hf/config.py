@@ -149,8 +149,9 @@ class DecoderConfig:
         return tuple(both[self.slides(layer)] for layer in range(self.num_hidden_layers))
 
     def _kind(self, slides: bool, length: int) -> LayerKind:
-        rope = self.rope(slides)
-        window = self.sliding_window if slides and self.sliding_window and self.sliding_window < length else None
+        rope, window = self.rope(slides), self.sliding_window if slides else None
+        if not window or (isinstance(length, int) and window >= length):  # it may reach back as far as there is
+            window = None
         return LayerKind(window, rope.frequencies(length), rope.attention_factor)
 
 

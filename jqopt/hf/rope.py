@@ -231,10 +231,11 @@ def rotate(x: jax.Array, frequencies: Any, start: jax.Array | None = None, *, fa
         start: int [] or [batch]: the first token's position, where it isn't 0.
         factor: what cosines and sines are multiplied by.
     """
-    positions: Any = np.arange(x.shape[1], dtype=np.float32)
+    # computed, not a constant: XLA's folded cosines differ in the last bit from those of a program of any length
+    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
     if start is not None:
         positions = positions + start.astype(jnp.float32)[..., None]
-    angles = jnp.asarray(positions[..., None] * frequencies)
+    angles = positions[..., None] * frequencies
     angles = angles[None, :, None, :] if angles.ndim == 2 else angles[:, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if not isinstance(factor, float) or factor != 1.0:
