@@ -201,7 +201,7 @@ def test_config_defaults_are_transformers():
 
 def test_config_of_transformers_5():
     five = {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}, "tie_word_embeddings": True}
-    config = LlamaConfig.from_hf(HF | five)
+    config = LlamaConfig.from_hf(HF | {"hidden_size": 36} | five)
     assert config.rope_theta == 5e5
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64.0)
     assert config.tie_word_embeddings
