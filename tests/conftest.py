@@ -4,9 +4,12 @@ The environment must be set before the first import of JAX, hence here, outside 
 caller has set stays, so that a GPU machine can run `JAX_PLATFORMS=cuda pytest tests/kernels`.
 """
 
+import gc
 import os
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 
 DEVICES = "--xla_force_host_platform_device_count=8"
 
@@ -18,3 +21,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # No deadline: the first example compiles, the next ones don't. Derandomized: a red run can be repeated.
 hypothesis.settings.register_profile("jqopt", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("jqopt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def still_heap() -> Iterator[None]:
+    """What a finished file leaves in JAX's caches is not searched for garbage again: gigabytes, by the end of a run."""
+    yield
+    gc.collect()
+    gc.freeze()

@@ -398,7 +398,7 @@ def test_the_depth_that_rotates_is_refused_naming_the_line():
     _, graph, _ = made("llama_one_layer")
     pinned = [c for c in graph.classes if c.pinned and "layers_0/self_attn/q_proj/kernel[1]" in c.symbols]
     assert pinned
-    with pytest.raises(PlanError, match=r"constant.*llama\.py:\d+ \(rotate\)"):
+    with pytest.raises(PlanError, match=r"constant.*rope\.py:\d+ \(rotate\)"):
         transforms.prune(graph, pinned[0], [0])
 
 

@@ -131,7 +131,7 @@ def test_a_gain_on_one_way_out_of_a_site_stands_before_the_readers_of_that_way()
 def test_joins_say_where():
     places = [n.where for n in drawn(llama()).nodes if n.kind == "join"]
     assert len(places) == 4
-    assert all(re.fullmatch(r"llama\.py:\d+ \(DecoderLayer\.__call__\)", where) for where in places)
+    assert all(re.fullmatch(r"decoder\.py:\d+ \(DecoderLayer\.__call__\)", where) for where in places)
 
 
 def test_parameters_called_input_and_output():

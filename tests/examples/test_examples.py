@@ -119,7 +119,7 @@ def test_qlora(tmp_path):
     assert "values beside 7 packed weights" in text and len(losses(text)) == 16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_lm(tmp_path):
     """Ten steps with the same seeds and data: FP8 near bfloat16, NVFP4 not far; resumed in the middle, bit for bit."""
     text = output_of("train_lm.py", "--steps", "10", folder=tmp_path, **ADAM)

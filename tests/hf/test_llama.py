@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(
 HF = {
     "model_type": "llama",
     "vocab_size": 97,
-    "hidden_size": 32,
+    "hidden_size": 36,
     "intermediate_size": 56,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
