@@ -126,8 +126,8 @@ def test_installed_wheel_finds_its_recipes(python, tmp_path):
     package, kernels, recipes = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert pathlib.Path(package) == pathlib.Path(kernels)
     assert pathlib.Path(package).is_relative_to(python.parents[1])
-    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert set(recipes.split()) == shipped
+    found = [path.relative_to(ROOT / "recipes").with_suffix("") for path in (ROOT / "recipes").rglob("*.yaml")]
+    assert set(recipes.split()) == {str(name) for name in found if name.parts[0] != "defaults"}
 
 
 def test_installed_command_runs(python, tmp_path):
