@@ -168,7 +168,7 @@ def _find(
 ) -> kernels.Kernel:
     rows = m if isinstance(m, int) else MANY
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(rows, facts.n, facts.k)
-    return kernels.find("qdot", lhs, rhs, device or jax.default_backend(), shapes, backend=backend)
+    return kernels.find("qdot", lhs, rhs, device or kernels.here(), shapes, backend=backend)
 
 
 TWICE = "float (weights of two formats in sequence have no kernel: they are decoded)"
@@ -242,7 +242,7 @@ def explain(
         return [(TWICE, None)]
     lhs = FLOAT if spec is None else operand(spec.format, _rows(spec))
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
-    return kernels.explain("qdot", lhs, rhs, device or jax.default_backend(), shapes)
+    return kernels.explain("qdot", lhs, rhs, device or kernels.here(), shapes)
 
 
 def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> str:
@@ -250,7 +250,7 @@ def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None 
     if weight.format.then is not None:
         return TWICE
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
-    device = device or jax.default_backend()
+    device = device or kernels.here()
     if spec is not None:
         kernel = kernels.find("qdot", operand(spec.format, _rows(spec)), rhs, device, shapes)
         if kernel.low_precision:

@@ -1,6 +1,18 @@
 """Quantized matrix products for JAX: a table of kernels and the oracle each must equal. Imports jax only."""
 
+from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
-from .table import KERNELS, NoKernelError, explain, find
+from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
 
-__all__ = ["KERNELS", "Kernel", "NoKernelError", "Operand", "Packed", "Shapes", "explain", "find"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "KernelRefusal",
+    "NoKernelError",
+    "Operand",
+    "Packed",
+    "Shapes",
+    "explain",
+    "find",
+    "here",
+]

@@ -60,6 +60,7 @@ class Kernel(NamedTuple):
     run(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype) -> [m, n]; see `reference.qdot` for what it must equal.
     low_precision: it multiplies the codes of a quantized lhs themselves. Any other kernel decodes them first, so that
         a caller who has the values at hand may as well pass those, as a float lhs.
+    backend: the family it belongs to, by which callers may ask for it: xla, triton, pallas, ffi or reference.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel(NamedTuple):
     prepare: Callable[[Packed], Packed]
     run: Callable[..., jax.Array]
     low_precision: bool = False
+    backend: str = "xla"
 
 
 def as_is(packed: Packed) -> Packed:

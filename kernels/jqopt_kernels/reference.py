@@ -121,4 +121,4 @@ def _supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | 
     return None
 
 
-reference = Kernel("reference", "qdot", _supports, as_is, qdot)
+reference = Kernel("reference", "qdot", _supports, as_is, qdot, backend="reference")

@@ -20,42 +20,74 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
-class NoKernelError(Exception):
-    """No kernel does what was asked; the message holds each candidate's reason."""
+class KernelRefusal(Exception):
+    """One kernel's reason why it cannot do what was asked."""
+
+    def __init__(self, kernel: str, reason: str) -> None:
+        super().__init__(f"{kernel}: {reason}")
+        self.kernel, self.reason = kernel, reason
 
 
-def explain(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> list[tuple[str, str | None]]:
-    """(kernel name, None if it can, else why not) for every kernel of `op`, in order of preference."""
-    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in KERNELS if k.op == op]
+class NoKernelError(ExceptionGroup[KernelRefusal]):
+    """No kernel does what was asked; holds each candidate's KernelRefusal, and tells them all in its message."""
+
+    def derive(self, excs):
+        return NoKernelError(self.message, excs)
+
+    def __str__(self) -> str:
+        return self.message  # it names every reason already: not "(8 sub-exceptions)"
+
+
+def explain(
+    op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None
+) -> list[tuple[str, str | None]]:
+    """(kernel name, None if it can, else why not) for the kernels of `op`, in order of preference.
+
+    backend: only the kernel of this name, or the kernels of this family (xla, triton, pallas, ffi, reference).
+    """
+    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in _candidates(op, backend)]
 
 
 def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None) -> Kernel:
-    """The first kernel of `op` that can do it, or the one named `backend`.
+    """The first kernel of `op` that can do it; with `backend`, of that name or family.
 
-    device: `jax.default_backend()` ("cpu", "gpu", "cuda", "tpu", ...).
-    Raises NoKernelError if none can, if the named one cannot, or if no kernel has that name.
+    device: "cpu", "tpu", "gpu", "cuda", "rocm", or "cuda:90" with its capability (`jqopt_kernels.here()`).
+    Raises NoKernelError if none can, if the named ones cannot, or if no kernel or family has that name.
     """
-    reasons = explain(op, lhs, rhs, device, shapes)
-    if backend is not None and backend not in dict(reasons):
-        names = ", ".join(name for name, _ in reasons) or f"none; ops are {', '.join(sorted(_ops()))}"
-        raise NoKernelError(f"no kernel named {backend!r} for {op!r}; kernels of {op!r}: {names}")
-    wanted = [(name, why) for name, why in reasons if backend in (None, name)]
-    for name, why in wanted:
+    candidates = _candidates(op, backend)
+    if not candidates:
+        raise _unknown(op, backend)
+    refusals = []
+    for kernel in candidates:
+        why = kernel.supports(lhs, rhs, device, shapes)
         if why is None:
-            return next(k for k in KERNELS if (k.name, k.op) == (name, op))
-    raise NoKernelError(_refusal(op, lhs, rhs, device, shapes, wanted))
+            return kernel
+        refusals.append(KernelRefusal(kernel.name, why))
+    raise NoKernelError(_refusal(op, lhs, rhs, device, shapes, refusals), refusals)
 
 
-def _ops() -> set[str]:
-    return {k.op for k in KERNELS}
+def _candidates(op: str, backend: str | None) -> list[Kernel]:
+    return [k for k in KERNELS if k.op == op and backend in (None, k.name, k.backend)]
 
 
-def _refusal(op, lhs, rhs, device, shapes, reasons) -> str:
-    if not reasons:
-        return f"no kernels for op {op!r}; ops are {', '.join(sorted(_ops()))}"
-    lines = [f"  {name}: {why}" for name, why in reasons]
+def _unknown(op: str, backend: str | None) -> NoKernelError:
+    of_op = [k for k in KERNELS if k.op == op]
+    if not of_op:
+        reason = f"no kernels for op {op!r}; ops are {', '.join(sorted({k.op for k in KERNELS}))}"
+        return NoKernelError(reason, [KernelRefusal(str(backend or "any"), reason)])
+    families = dict.fromkeys(k.backend for k in of_op)
+    reason = (
+        f"no kernel named {backend!r} for {op!r}; kernels of {op!r}: {', '.join(k.name for k in of_op)}; "
+        f"families: {', '.join(families)}"
+    )
+    return NoKernelError(reason, [KernelRefusal(str(backend), reason)])
+
+
+def _refusal(op, lhs, rhs, device, shapes, refusals: list[KernelRefusal]) -> str:
     head = f"no kernel can do {op} on {device!r} with m={shapes.m} n={shapes.n} k={shapes.k}"
-    return "\n".join([head, f"  lhs {_describe(lhs)}", f"  rhs {_describe(rhs)}", "reasons:", *lines])
+    return "\n".join(
+        [head, f"  lhs {_describe(lhs)}", f"  rhs {_describe(rhs)}", "reasons:", *(f"  {r}" for r in refusals)]
+    )
 
 
 def _describe(spec: Operand) -> str:

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import decode
+from ._device import GPUS, platform
 from ._operands import NT, both_fit_bf16, by_row, decoded, dot, finish, left, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 
-GPUS = ("gpu", "cuda", "rocm")  # jax.default_backend() says "gpu"; lowering platforms say "cuda" or "rocm"
 INT32_K = (2**31 - 1) // 128**2  # longer sums of int8 products could overflow int32
 FP8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
@@ -37,7 +37,7 @@ def _int8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> s
         return why
     if shapes.k > INT32_K:
         return f"k={shapes.k} can overflow int32 sums (limit {INT32_K})"
-    if device == "cpu" and shapes.m == 1:
+    if platform(device) == "cpu" and shapes.m == 1:
         return "m=1: XLA on CPU widens the whole weight to int32"
     return None
 
@@ -50,7 +50,7 @@ def _int8_row(lhs: Packed, rhs: Packed, **specs):
 
 
 def _int8_row_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
-    if device != "cpu":
+    if platform(device) != "cpu":
         return f"XLA on {device} needs no help with one row"
     if shapes.m != 1:
         return f"m={shapes.m} is not 1"
@@ -78,7 +78,7 @@ def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> st
         return why
     if lhs.element == rhs.element == "e5m2":
         return "cuBLASLt has no e5m2 x e5m2"
-    if device not in GPUS:
+    if platform(device) not in GPUS:
         return f"XLA on {device} converts fp8 arrays one element at a time"
     return None
 
@@ -94,9 +94,9 @@ def _fp8_dot(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jn
 def _fp8_dot_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
     if why := _wrong(lhs, rhs, tuple(FP8)):
         return why
-    if device in GPUS:
+    if platform(device) in GPUS:
         return f"on {device} xla_fp8 becomes one cuBLASLt call"
-    if device == "cpu" and shapes.m == 1:
+    if platform(device) == "cpu" and shapes.m == 1:
         return "m=1: XLA on CPU has no fp8 product for one row: it widens the whole weight"
     return None
 

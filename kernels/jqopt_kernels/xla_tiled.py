@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import decode
+from ._device import platform
 from ._operands import block_scale, blocks, both_fit_bf16, dot, finish, fits_bf16, left, per_block, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 
@@ -110,7 +111,7 @@ def _supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | 
         return f"rhs block {block} is not a multiple of the {planes} codes packed together"
     if shapes.m > MOST_ROWS:
         return f"m={shapes.m}: from {MOST_ROWS + 1} rows on, decoding once costs little beside the product"
-    if device != "cpu":
+    if platform(device) != "cpu":
         return f"a loop over tiles serializes the work on {device}"
     return None
 

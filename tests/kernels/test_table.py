@@ -57,6 +57,31 @@ def test_a_named_backend_is_taken():
     assert kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="reference").name == "reference"
 
 
+def test_a_named_family_gives_its_first_that_can():
+    assert kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="xla").name == "xla_tiled"
+    rows = kernels.explain("qdot", FLOAT, NVFP4, "cpu", BIG, backend="xla")
+    assert {name for name, _ in rows} == {k.name for k in kernels.KERNELS if (k.op, k.backend) == ("qdot", "xla")}
+
+
+def test_refusals_are_a_group_of_exceptions():
+    with pytest.raises(NoKernelError) as error:
+        kernels.find("qdot", FLOAT, Operand("int3", 32, "float32", "block"), "cuda:90", BIG)
+    refusals = error.value.exceptions
+    assert [r.kernel for r in refusals] == [k.name for k in kernels.KERNELS if k.op == "qdot"]
+    assert all(r.reason in str(error.value) for r in refusals)
+    only, rest = error.value.split(lambda r: getattr(r, "kernel", "") == "reference")
+    assert isinstance(only, NoKernelError) and isinstance(rest, NoKernelError)
+
+
+def test_a_device_may_say_its_capability():
+    for lhs, rhs, m in ((FP8, FP8, 64), (FLOAT, NVFP4, 1), (INT8, INT8, 1)):
+        named = {
+            d: kernels.find("qdot", lhs, rhs, d, Shapes(m, 256, 256), backend="xla").name for d in ("gpu", "cuda:90")
+        }
+        assert len(set(named.values())) == 1
+    assert kernels.here() == "cpu"
+
+
 def test_a_named_backend_that_cannot_says_why():
     with pytest.raises(NoKernelError) as error:
         kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="xla_int8")
@@ -68,8 +93,10 @@ def test_a_named_backend_that_cannot_says_why():
 
 
 def test_an_unknown_backend_lists_those_there_are():
-    with pytest.raises(NoKernelError, match=r"no kernel named 'triton'.*xla_tiled.*reference"):
-        kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="triton")
+    with pytest.raises(
+        NoKernelError, match=r"no kernel named 'cuda'.*xla_tiled.*reference; families: .*xla.*reference"
+    ):
+        kernels.find("qdot", FLOAT, NVFP4, "cpu", BIG, backend="cuda")
 
 
 def test_an_unknown_op_lists_those_there_are():
