@@ -1,4 +1,6 @@
-"""TransformerEngine's arrays, key by key: equal bit for bit, eagerly and under jit, or listed in docs/numerics.md."""
+"""TransformerEngine's arrays, key by key: equal bit for bit under jit, or listed in docs/numerics.md.
+
+Eagerly too for the inputs where rounding is hardest: odd shapes, and values at the boundaries between codes."""
 
 import functools
 import itertools
@@ -134,8 +136,12 @@ def listed(heading):
     return found
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-@pytest.mark.parametrize("key", KEYS)
+EAGERLY = [k for k in KEYS if k.split("/")[0] not in ("q", "fp8") or k.split("/")[1] in ("odd", "boundary")]
+
+
+@pytest.mark.parametrize(
+    ("key", "mode"), [*itertools.product(KEYS, ["jit"]), *itertools.product(EAGERLY, ["eager"])], ids=str
+)
 def test_equal_or_listed(key, mode):
     reason = listed("Where TransformerEngine differs").get(key)
     a, b = ours(key, mode), GOLDEN[key]
