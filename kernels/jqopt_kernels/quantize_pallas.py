@@ -110,11 +110,11 @@ def _kernel(plan: Plan, before: Before, interpret: bool, *refs: Any) -> None:
     values = [load(next(rest), at, size, full) for _ in range(plan.inputs)]
     values += [load(next(rest), (0, at[1]), (1, size[1]), (1, plan.k)) for _ in range(plan.rows)]
     given = scalar(next(rest)) if needs_scale(plan.spec) else None
-    dither = _dither(next(rest), at, size) if plan.way.stochastic else None
+    dither = dither_at(next(rest), at, size) if plan.way.stochastic else None
     write_copy(plan, before.apply(*values), given, dither, interpret, list(rest), at, full)
 
 
-def _dither(ref: Any, at: tuple, size: tuple[int, int]) -> jax.Array:
+def dither_at(ref: Any, at: tuple, size: tuple[int, int]) -> jax.Array:
     """Random numbers of a tile; the operand holds two words of a key, the first row and the first column."""
     key, start = (scalar(ref, 0), scalar(ref, 1)), (scalar(ref, 2), scalar(ref, 3))
     return qm.uniform(key, start[0] + at[0].astype(jnp.uint32), start[1] + at[1].astype(jnp.uint32), *size)
@@ -127,8 +127,7 @@ def write_copy(
     shared = tile(plan.spec, plan.k)
     if plan.spec.granularity == "channel":
         shared = (1, x.shape[1])
-    if plan.way.hadamard is not None:
-        x = qm.hadamard(x, _signs(plan.way.hadamard, x.shape))
+    x = transformed(x, plan.way)
     div = qm.divide if interpret else divide_rn
     codes, stored = qm.quantize_tile(x, given, plan.spec, plan.way, shared, dither, div)
     if plan.pairs:
@@ -138,6 +137,11 @@ def write_copy(
     if stored is not None and shared is not None:
         stored = stored if stored.dtype == jnp.float32 else stored.astype(jnp.uint8)
         store(refs[1], stored, (at[0] // shared[0], at[1] // shared[1]), scale_shape(plan.spec, *full))
+
+
+def transformed(x: jax.Array, way: Way) -> jax.Array:
+    """The Hadamard transform of a tile, where the way has one."""
+    return x if way.hadamard is None else qm.hadamard(x, _signs(way.hadamard, x.shape))
 
 
 def _signs(signs: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

@@ -96,11 +96,18 @@ def check(spec: Operand, way: Way, k: int, scale: jax.Array | None, random: Rand
         raise ValueError("quantize: Way(stochastic=True) and a `random` key go together")
     if way.stochastic and CODINGS[spec.element].mantissa is None:
         raise ValueError(f"quantize: {spec.element} has no stochastic rounding; floats have")
-    if way.hadamard is not None and (k % 16 or len(way.hadamard) != 16):
-        raise ValueError(f"quantize: a Hadamard transform of k={k} with {len(way.hadamard)} signs; expected a "
-                         "multiple of 16 (pad with zeros) and 16 signs")  # fmt: skip
+    check_hadamard(way, k)
     if not way.encode and (way.scale_up or way.power_of_two):
         raise ValueError("quantize: scale_up and power_of_two are of encode scales; write Way(encode=True)")
+
+
+def check_hadamard(way: Way, k: int) -> None:
+    """Raises ValueError where rows of k values have no Hadamard transform."""
+    if way.hadamard is not None and (k % 16 or len(way.hadamard) != 16):
+        raise ValueError(
+            f"quantize: found a Hadamard transform of k={k} with {len(way.hadamard)} signs, expected a multiple of 16 "
+            "(pad with zeros) and 16 signs"
+        )
 
 
 def scale_shape(spec: Operand, m: int, k: int) -> tuple[int, int]:

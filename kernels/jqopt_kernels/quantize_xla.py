@@ -16,18 +16,17 @@ from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .decode import CODINGS
 from .quantize_way import NEAREST, Random, Way, check, packed_of, scale_shape, tile, unknown
 
+ARRAYS = ("scale", "column_scale", "random", "column_random")
+
 
 def no_gradient(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, whose array arguments refuse to be differentiated, with the reason; constants pass."""
 
     @functools.wraps(run)
-    def guarded(*arrays: jax.Array, scale: jax.Array | None = None, **rest: Any) -> Any:
-        static = {name: value for name, value in rest.items() if name != "random"}
-
-        @jax.custom_jvp
-        def inner(arrays, scale, random):
-            given = {} if scale is None else {"scale": scale}
-            return run(*arrays, **given, **({} if random is None else {"random": random}), **static)
+    def guarded(*arrays: jax.Array, **options: Any) -> Any:
+        given = {name: value for name, value in options.items() if name in ARRAYS and value is not None}
+        static = {name: value for name, value in options.items() if name not in ARRAYS}
+        inner = jax.custom_jvp(lambda arrays, given: run(*arrays, **given, **static))
 
         @inner.defjvp
         def refuse(primals, tangents):
@@ -36,7 +35,7 @@ def no_gradient(run: Callable[..., Any]) -> Callable[..., Any]:
                 "gradient go around it (straight through), as jqopt's products do"
             )
 
-        return inner(arrays, scale, rest.get("random"))
+        return inner(arrays, given)
 
     return guarded
 
@@ -91,14 +90,15 @@ def hadamard(x: jax.Array, signs: tuple[int, ...]) -> jax.Array:
 
 
 def codes_and_scales(
-    x: jax.Array, spec: Operand, way: Way, scale: jax.Array | None, random: Random | None
+    x: jax.Array, spec: Operand, way: Way, scale: jax.Array | None, dither: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """uint32 codes [m, k] of float32 x, and the scales found from it as they are stored."""
     m, k = x.shape
     x = x if way.hadamard is None else hadamard(x, way.hadamard)
     shared = tile(spec, k)
     wide = _padded(_padded(x, 0, shared[0]), 1, shared[1]) if shared is not None and k else x
-    dither = None if random is None else dither_of(random, *wide.shape)
+    if dither is not None:
+        dither = jnp.pad(dither, ((0, wide.shape[0] - m), (0, wide.shape[1] - k)))
     codes, stored = qm.quantize_tile(wide, scale, spec, way, shared, dither, qm.divide)
     if stored is not None:
         stored = stored if stored.dtype == jnp.float32 else stored.astype(jnp.uint8)
@@ -115,7 +115,8 @@ def dither_of(random: Random, r: int, c: int) -> jax.Array:
 
 def _quantize_whole(x, *, spec, way=NEAREST, scale=None, random=None, packed=False) -> Packed:
     check(spec, way, x.shape[1], scale, random)
-    codes, stored = codes_and_scales(x.astype(jnp.float32), spec, way, scale, random)
+    dither = None if random is None else dither_of(random, *x.shape)
+    codes, stored = codes_and_scales(x.astype(jnp.float32), spec, way, scale, dither)
     return packed_of(packed_codes(codes, spec, packed), stored, whole_scale(scale, way), spec)
 
 

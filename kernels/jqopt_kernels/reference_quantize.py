@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from . import reference
-from ._types import Kernel, Operand, Packed, as_is
+from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .quantize_math import divide
 from .quantize_way import (
     F32_MAX,
@@ -170,10 +170,13 @@ def pack(codes: jax.Array, element: str) -> jax.Array:
 
 def _quantize(x, *, spec, way=NEAREST, scale=None, random=None, packed=False) -> Packed:
     check(spec, way, x.shape[1], scale, random)
+    return _quantized(x, spec, way, scale, None if random is None else uniform(random, *x.shape), packed)
+
+
+def _quantized(x, spec: Operand, way: Way, scale: Any, dither: jax.Array | None, packed: bool) -> Packed:
     x = x.astype(jnp.float32)
     m, k = x.shape
     x = x if way.hadamard is None else hadamard(x, way.hadamard)
-    dither = None if random is None else uniform(random, m, k)
     shared, stored = tile(spec, k), None
     if shared is None:
         assert scale is not None
@@ -224,10 +227,63 @@ def norm_quantize(x, weight, *, eps=1e-6, **options) -> Packed:
     return _quantize(rounded(y, x.dtype), **options)
 
 
-def _kernel(op: str, run: Any) -> Kernel:
+@no_gradient
+def quantize_both(x, *, spec, way=NEAREST, column_way=NEAREST, scale=None, column_scale=None, random=None,
+                  column_random=None, packed=False) -> tuple[Packed, Packed]:  # fmt: skip
+    """(quantize(x [m, k]), quantize(x.T)), where the second has a way, a scale and a key of its own.
+
+    The random number of a value belongs to its place in x, in both copies.
+    """
+    rows = _quantize(x, spec=spec, way=way, scale=scale, random=random, packed=packed)
+    check(spec, column_way, x.shape[0], column_scale, column_random)
+    turned = None if column_random is None else uniform(column_random, *x.shape).T
+    return rows, _quantized(x.T, spec, column_way, column_scale, turned, packed)
+
+
+@no_gradient
+def amax(x, *, spec, way=NEAREST) -> jax.Array:
+    """The largest |x| of x [m, k]: [] float32; [m, 1] for formats whose rows have a scale each."""
+    y = x.astype(jnp.float32)
+    y = y if way.hadamard is None else hadamard(y, way.hadamard)
+    return largest(y[:, None, None, :]) if spec.granularity == "channel" else largest(y[None, :, None, :])[0, 0]
+
+
+def swizzle(scale: jax.Array) -> jax.Array:
+    """Scales [rows, columns] in tiles of 128x4, padded with zeros: row 32 q + r of a tile at bytes 16 r + 4 q."""
+    rows, columns = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
+    padded = jnp.pad(scale, ((0, rows - scale.shape[0]), (0, columns - scale.shape[1])))
+    return padded[_places(rows, columns)].reshape(rows, columns)
+
+
+def unswizzle(swizzled: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The inverse of `swizzle` for scales [rows, columns]."""
+    whole = jnp.zeros(swizzled.shape, swizzled.dtype)
+    return whole.at[_places(*swizzled.shape)].set(swizzled.reshape(-1))[:rows, :columns]
+
+
+def _places(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column that each byte of swizzled scales comes from."""
+    tile, byte = np.divmod(np.arange(rows * columns), 512)
+    r, rest = np.divmod(byte, 16)
+    q, c = np.divmod(rest, 4)
+    return tile // (columns // 4) * 128 + 32 * q + r, tile % (columns // 4) * 4 + c
+
+
+def _kernel(op: str, run: Any, supports: Any = supports) -> Kernel:
     return Kernel(f"reference_{op}", op, supports, as_is, run, backend="reference")
+
+
+def _anything(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    return None
+
+
+def _not_rows(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    return "scales of rows belong to one copy" if rhs.granularity == "channel" else supports(lhs, rhs, device, shapes)
 
 
 reference_quantize = _kernel("quantize", quantize)
 reference_swiglu_quantize = _kernel("swiglu_quantize", swiglu_quantize)
 reference_norm_quantize = _kernel("norm_quantize", norm_quantize)
+reference_quantize_both = _kernel("quantize_both", quantize_both, _not_rows)
+reference_amax = _kernel("amax", amax, _anything)
+reference_swizzles = (_kernel("swizzle", swizzle, _anything), _kernel("unswizzle", unswizzle, _anything))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
-from .quantize_pallas import pallas_norm_quantize, pallas_quantize, pallas_swiglu_quantize
-from .quantize_xla import xla_norm_quantize, xla_quantize, xla_swiglu_quantize
+from .quantize_table import QUANTIZERS
 from .reference import reference
-from .reference_quantize import reference_norm_quantize, reference_quantize, reference_swiglu_quantize
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
@@ -20,15 +18,7 @@ KERNELS: tuple[Kernel, ...] = (
     xla_tiled,
     xla_decode,
     reference,
-    pallas_quantize,
-    xla_quantize,
-    reference_quantize,
-    pallas_norm_quantize,
-    xla_norm_quantize,
-    reference_norm_quantize,
-    pallas_swiglu_quantize,
-    xla_swiglu_quantize,
-    reference_swiglu_quantize,
+    *QUANTIZERS,
 )
 
 

@@ -1,0 +1,311 @@
+"""The ops around quantize: both copies in one pass, amax, norms and SwiGLU before it, swizzles; transformations."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jqopt_kernels as kernels
+from jqopt import _numerics, formats
+from jqopt.train import _dither
+from jqopt.train._operand import COLUMNS, Quantizer, codes, measure, pinned
+from jqopt_kernels import NoKernelError, Operand, Shapes, reference
+from jqopt_kernels.quantize_way import NEAREST, SIGNS, Random, Way, needs_scale
+from tests.kernels.quantize_cases import FORMATS, hostile, matrix
+
+FLOAT = Operand("float")
+NVFP4 = FORMATS["nvfp4"][0]
+KEYS = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "te_golden.npz")
+
+
+def run_of(op: str, family: str):
+    return next(k for k in kernels.KERNELS if (k.op, k.backend) == (op, family)).run
+
+
+def same(a, b) -> None:
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert p.dtype == q.dtype and p.shape == q.shape
+        np.testing.assert_array_equal(p, q)
+
+
+# ------------------------------------------------------------------------------------------------------ both copies
+
+COLUMN = Way(encode=True, hadamard=SIGNS, stochastic=True)
+
+
+@functools.cache
+def both(family: str):
+    """Training's gradient: rows rounded stochastically, columns transformed first; 48 x 80, ragged in 64."""
+    run = run_of("quantize_both", family)
+    options = {"spec": NVFP4, "way": Way(encode=True, stochastic=True), "column_way": COLUMN, "packed": True}
+    given = (matrix(48, 80, dtype=jnp.bfloat16), jnp.float32(0.5), jnp.float32(0.3), KEYS)
+
+    @jax.jit
+    def made(x, a, b, keys):
+        return run(x, scale=a, column_scale=b, random=Random(keys[0]), column_random=Random(keys[1]), **options)
+
+    return made(*given)
+
+
+@pytest.mark.parametrize("family", ["pallas", "xla"])
+def test_both_copies_equal_the_oracle(family):
+    same(both(family), both("reference"))
+
+
+def test_the_column_copy_equals_trainings():
+    """Training keeps it in x's own layout, [m, k]; for the GEMM it is turned."""
+    q = Quantizer(formats.get("nvfp4"), (1, 16), hadamard=True, stochastic=True)
+
+    @jax.jit
+    def trained(x):
+        m = measure(pinned(x), q, COLUMNS)
+        largest = jnp.float32(6 * 448 / 0.3)  # the amax whose encode scale is 0.3, as near as float32 has it
+        return codes(m._replace(whole=largest.reshape(1, 1)), q, COLUMNS, None, _dither.uniform(KEYS[1], (48, 80)))
+
+    want, (_, got) = trained(matrix(48, 80, dtype=jnp.bfloat16)), both("pallas")
+    np.testing.assert_array_equal(got.scale, want.scale.T)
+    np.testing.assert_array_equal(reference.unpack(got.data, "e2m1", 48), _numerics.unpack(want.data, 4, 80).T)
+
+
+def test_both_copies_of_square_tiles_are_each_others_transpose():
+    spec = NVFP4._replace(block=(16, 16))
+    x = matrix(32, 48)
+    one = jnp.float32(1)
+    way = {"way": Way(encode=True), "column_way": Way(encode=True)}
+    rows, columns = jax.jit(
+        lambda x: run_of("quantize_both", "pallas")(x, spec=spec, scale=one, column_scale=one, **way)
+    )(x)
+    np.testing.assert_array_equal(rows.data, columns.data.T)
+    np.testing.assert_array_equal(rows.scale, columns.scale.T)
+
+
+# -------------------------------------------------------------------------------------------------------------- amax
+
+
+@pytest.mark.parametrize(("name", "signs"), [("fp8", None), ("fp8_token", None), ("fp8", SIGNS)])
+def test_amax(name, signs):
+    """Several tiles, ragged; NaN of one row. Transformed: the same bits as the oracle's sums."""
+    spec, way, x = FORMATS[name][0], Way(hadamard=signs), hostile(40, 528)
+    x = x if signs is None else jnp.nan_to_num(x, posinf=1.0, neginf=1.0).clip(-1e30, 1e30)
+    got, same_by_xla, want = (
+        jax.jit(functools.partial(run_of("amax", f), spec=spec, way=way))(x) for f in ("pallas", "xla", "reference")
+    )
+    assert got.shape == ((40, 1) if name == "fp8_token" else ())
+    same((got, same_by_xla), (want, want))
+    if signs is None:
+        exact = np.abs(np.asarray(x)).max(axis=1, keepdims=True) if name == "fp8_token" else np.abs(x).max()
+        np.testing.assert_array_equal(got, exact)
+
+
+# -------------------------------------------------------------------------------------------------------------- fused
+
+
+def steps_apart(a, b, element: str) -> np.ndarray:
+    """How many values of the element lie between two arrays of codes."""
+    values = reference.element_table(element)
+    rank = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return np.abs(rank[np.asarray(a, np.int64)] - rank[np.asarray(b, np.int64)])
+
+
+@pytest.mark.parametrize("name", ["fp8_token", "nvfp4"])
+@pytest.mark.parametrize("op", ["norm_quantize", "swiglu_quantize"])
+def test_fused_equals_the_oracle(op, name):
+    """A norm's sum may be rounded differently: a code may be the neighbour where its value lies between two."""
+    spec = FORMATS[name][0]
+    rng = np.random.default_rng(5)
+    x, other = (jnp.asarray(rng.normal(size=(6, 208)), jnp.bfloat16) for _ in range(2))
+    second = jnp.abs(other[0]) + 0.5 if op == "norm_quantize" else other
+    options = {"spec": spec, "scale": jnp.float32(0.01) if needs_scale(spec) else None}
+    want, *found = (
+        jax.jit(functools.partial(run_of(op, f), **options))(x, second) for f in ("reference", "pallas", "xla")
+    )
+    for got in found:
+        far = steps_apart(got.data, want.data, spec.element)
+        assert far.max() <= 1 and (far > 0).mean() < 0.01
+        np.testing.assert_allclose(got.scale.astype(jnp.float32), want.scale.astype(jnp.float32), rtol=1e-2)
+
+
+def test_the_norm_is_the_norm():
+    """Against numpy in float64: within half a step of e4m3, and bfloat16's rounding before it."""
+    rng = np.random.default_rng(6)
+    x, w = rng.normal(size=(3, 100)).astype(np.float32), rng.uniform(0.5, 2, 100).astype(np.float32)
+    got = run_of("norm_quantize", "pallas")(jnp.asarray(x), jnp.asarray(w), eps=1e-3, spec=FORMATS["fp8_token"][0])
+    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-3) * w
+    values = np.asarray(reference.element_table("e4m3"))[np.asarray(got.data)] * np.asarray(got.scale)
+    assert np.all(np.abs(values - exact) <= np.abs(exact) * 2.0**-4 + np.asarray(got.scale) * 2.0**-10 + 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- swizzles
+
+
+@pytest.mark.parametrize("family", ["pallas", "xla", "reference"])
+def test_swizzle_equals_the_golden_vectors(family):
+    linear = jnp.asarray(GOLDEN["swizzle/linear"])
+    swizzled = run_of("swizzle", family)(linear)
+    np.testing.assert_array_equal(swizzled, GOLDEN["swizzle/swizzled"])
+    np.testing.assert_array_equal(run_of("unswizzle", family)(swizzled, *linear.shape), linear)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 70), (256, 4)])
+def test_unswizzle_undoes_swizzle(shape):
+    scale = jnp.asarray(np.random.default_rng(0).integers(1, 256, shape), jnp.uint8)
+    swizzled = run_of("swizzle", "pallas")(scale)
+    same(swizzled, run_of("swizzle", "reference")(scale))
+    assert int((swizzled == 0).sum()) == swizzled.size - scale.size  # padded with zeros
+    same(run_of("unswizzle", "pallas")(swizzled, *shape), scale)
+
+
+# ---------------------------------------------------------------------------------------------------- transformations
+
+
+def quantize(x, way=NEAREST, **options):
+    return run_of("quantize", "pallas")(x, spec=NVFP4, way=way, scale=jnp.float32(0.01), **options)
+
+
+def test_under_vmap_and_scan():
+    x = jnp.stack([matrix(5, 48, seed) for seed in range(3)])
+    one = jax.jit(quantize)
+    want = [one(a) for a in x]
+    mapped = jax.jit(jax.vmap(quantize))(x)
+    _, scanned = jax.lax.scan(lambda carry, a: (carry, one(a)), None, x)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *want)
+    same(mapped, stacked)
+    same(scanned, stacked)
+
+
+@pytest.mark.parametrize("op", ["quantize", "quantize_both"])
+def test_random_bits_do_not_depend_on_sharding(op):
+    """Eight devices, each with its part and the part's place: the bits of one device."""
+    x, way = matrix(64, 64), Way(encode=True, stochastic=True)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    run, whole = run_of(op, "pallas"), jnp.float32(3)
+    more = {"column_way": way, "column_scale": whole} if op == "quantize_both" else {}
+
+    def part(x, key):
+        m, k = x.shape
+        size = jnp.asarray([m, k], jnp.uint32)
+        place = jnp.stack([jax.lax.axis_index("a"), jax.lax.axis_index("b")]).astype(jnp.uint32) * size
+        keys = {"column_random": Random(key[1], place)} if more else {}
+        return run(x, spec=NVFP4, way=way, scale=whole, random=Random(key[0], place), packed=True, **more, **keys)
+
+    def shapes(spec):
+        return kernels.Packed(spec, spec, P(), None)
+
+    specs = (shapes(P("a", "b")), shapes(P("b", "a"))) if more else shapes(P("a", "b"))
+    sharded = jax.shard_map(part, mesh=mesh, in_specs=(P("a", "b"), P()), out_specs=specs, check_vma=False)
+    keys = {"column_random": Random(KEYS[1])} if more else {}
+    options = {"spec": NVFP4, "way": way, "scale": whole, "random": Random(KEYS[0]), "packed": True, **more, **keys}
+    same(jax.jit(sharded)(x, KEYS), jax.jit(lambda x: run(x, **options))(x))
+
+
+def test_rounding_up_is_as_likely_as_the_place_between_two_values():
+    """1.5 steps of e2m1's [2, 3] quarter: 2.25 goes to 3 a quarter of the time; 64 x 256 draws, 5 sigma."""
+    x = jnp.full((64, 256), 2.25).at[:, ::16].set(6.0)
+    got = quantize_plain(x)
+    up = np.mean(np.asarray(got)[:, 1::16] == 5)  # code 5 is 3
+    assert abs(up - 0.25) < 5 * np.sqrt(0.25 * 0.75 / (64 * 16))
+    assert set(np.unique(np.asarray(got)[:, 1::16])) == {4, 5}
+
+
+def quantize_plain(x):
+    return run_of("quantize", "pallas")(
+        x, spec=NVFP4, way=Way(encode=True, stochastic=True), scale=jnp.float32(448.0), random=Random(KEYS[0])
+    ).data
+
+
+def test_a_gradient_is_refused():
+    with pytest.raises(TypeError, match="stop_gradient"):
+        jax.grad(lambda x: quantize(x).global_scale + x[0, 0])(matrix(2, 16))
+    grad = jax.grad(lambda x: jnp.sum(x) + quantize(jax.lax.stop_gradient(x)).global_scale)(matrix(2, 16))
+    np.testing.assert_array_equal(grad, np.ones((2, 16)))
+
+
+def test_nothing_to_quantize():
+    for shape in ((0, 32), (3, 0)):
+        got = quantize(jnp.zeros(shape), packed=True)
+        assert got.data.shape == (shape[0], shape[1] // 2) and got.scale.shape == (shape[0], shape[1] // 16)
+
+
+# ------------------------------------------------------------------------------------------------- tables and errors
+
+
+@pytest.mark.parametrize(
+    ("op", "spec", "device", "shapes", "reason"),
+    [
+        ("quantize", NVFP4, "cpu", (4, 64), "compiles for CUDA"),
+        ("quantize", NVFP4, "cuda:90", (1 << 16, 1 << 15), "32-bit"),
+        ("quantize", NVFP4._replace(block=24), "cuda:90", (4, 64), "not a power of two"),
+        ("quantize", FORMATS["fp8_token"][0], "cuda:90", (4, 1 << 15), "one program holds a row"),
+        ("norm_quantize", NVFP4, "cuda:90", (4, 1 << 15), "one program holds a row"),
+        ("quantize_both", FORMATS["fp8_token"][0], "cuda:90", (64, 64), "one pass"),
+        ("quantize", Operand("nf4", 64, "float32", "block"), "cuda:90", (4, 64), "'nf4' has no quantizer"),
+    ],
+)
+def test_refusals(op, spec, device, shapes, reason):
+    m, k = shapes
+    with pytest.raises(NoKernelError, match=reason):
+        kernels.find(op, FLOAT, spec, device, Shapes(m, 0, k), backend="pallas")
+    if "nf4" not in reason and op != "quantize_both":
+        assert kernels.find(op, FLOAT, spec, device, Shapes(m, 0, k)).backend == "xla"
+
+
+def test_pallas_is_preferred_on_cuda():
+    assert kernels.find("quantize", FLOAT, NVFP4, "cuda:90", Shapes(64, 0, 64)).name == "pallas_quantize"
+    assert kernels.find("quantize", FLOAT, NVFP4, "cpu", Shapes(64, 0, 64)).name == "xla_quantize"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"spec": NVFP4}, "needs `scale`"),
+        ({"spec": FORMATS["mxfp8"][0], "scale": 1.0}, "leave `scale` out"),
+        ({"spec": FORMATS["mxfp8"][0], "way": Way(stochastic=True)}, "go together"),
+        ({"spec": FORMATS["mxfp8"][0], "way": Way(hadamard=SIGNS)}, "multiple of 16"),
+        ({"spec": FORMATS["mxfp8"][0], "way": Way(power_of_two=True)}, "of encode scales"),
+    ],
+)
+def test_contradictions_are_told(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        run_of("quantize", "pallas")(jnp.zeros((2, 40)), **options)
+
+
+# ----------------------------------------------------------------------------------------- lowering for CUDA, no GPU
+
+CALL = "__gpu$xla.gpu.triton"
+
+
+def cuda_text(function, *shapes) -> str:
+    arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_lowers_for_cuda(name):
+    spec = FORMATS[name][0]
+    run = functools.partial(run_of("quantize", "pallas"), spec=spec, packed=True)
+    given = {"scale": jnp.float32(1)} if needs_scale(spec) else {}
+    assert cuda_text(lambda x: run(x, **given), (70, 150)).count(CALL) == 1
+
+
+def test_every_op_lowers_for_cuda():
+    one = jnp.float32(1)
+    stochastic = Way(encode=True, stochastic=True)
+    for function, shapes in (
+        (lambda x: quantize(x, stochastic, random=Random(KEYS[0])), [(64, 80)]),
+        (lambda x: run_of("quantize_both", "pallas")(
+            x, spec=NVFP4, way=stochastic, column_way=COLUMN, scale=one, column_scale=one,
+            random=Random(KEYS[0]), column_random=Random(KEYS[1]), packed=True), [(48, 80)]),
+        (lambda x, w: run_of("norm_quantize", "pallas")(x, w, spec=NVFP4, scale=one), [(5, 80), (80,)]),
+        (lambda x, y: run_of("swiglu_quantize", "pallas")(x, y, spec=NVFP4, scale=one), [(5, 80), (5, 80)]),
+        (lambda x: run_of("amax", "pallas")(x, spec=NVFP4, way=Way(hadamard=SIGNS)), [(5, 80)]),
+        (lambda x: run_of("swizzle", "pallas")(x.astype(jnp.uint8)), [(130, 20)]),
+        (lambda x: run_of("unswizzle", "pallas")(x.astype(jnp.uint8), 130, 18), [(256, 20)]),
+        (jax.vmap(quantize), [(3, 5, 48)]),
+        (lambda x: jax.lax.scan(lambda c, a: (c, quantize(a)), None, x), [(3, 5, 48)]),
+    ):  # fmt: skip
+        assert cuda_text(function, *shapes).count(CALL) == 1
