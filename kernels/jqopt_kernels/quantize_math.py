@@ -69,7 +69,7 @@ def _steps(magnitude: jax.Array, element: str, dither: jax.Array | None) -> tupl
     return power, bits_of(exact + jnp.float32(2.0**23)) - _word(2.0**23)
 
 
-def codes_of(x: jax.Array, element: str, dither: jax.Array | None = None, keep_nan: bool = False) -> jax.Array:
+def codes_of(x: jax.Array, element: str, dither: jax.Array | None = None) -> jax.Array:
     """float32 -> codes in uint32 (int8: the low byte), saturating; to nearest even, or up where part + dither >= 1."""
     bits, mantissa, bias = CODINGS[element]
     if mantissa is None or bias is None:
@@ -83,8 +83,7 @@ def codes_of(x: jax.Array, element: str, dither: jax.Array | None = None, keep_n
     sign = (word & _SIGN) >> np.uint32(32 - bits)
     if element in UNSIGNED_ZERO:
         sign = jnp.where(size < _SMALLEST_NORMAL, np.uint32(0), sign)
-    code = code | sign
-    return jnp.where(size > _EXPONENT, np.uint32(NAN[element]), code) if keep_nan and element in NAN else code
+    return code | sign
 
 
 def _rounded_e4m3(x: jax.Array) -> jax.Array:
@@ -186,7 +185,10 @@ def quantize_tile(
         stored, factor = tile_scales(largest, given, spec, way, div)
         factor = jnp.broadcast_to(factor[:, None, :, None], tiles.shape).reshape(x.shape)
     scaled = x * factor if way.encode or spec.scale == "e8m0" else div(x, factor)
-    return codes_of(scaled, spec.element, dither, way.keep_nan), stored
+    codes = codes_of(scaled, spec.element, dither)
+    if way.keep_nan and spec.element in NAN:
+        codes = jnp.where((bits_of(x) & _MAGNITUDE) > _EXPONENT, np.uint32(NAN[spec.element]), codes)
+    return codes, stored
 
 
 def hadamard(x: jax.Array, signs: jax.Array) -> jax.Array:

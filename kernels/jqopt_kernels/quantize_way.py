@@ -28,7 +28,7 @@ class Way(NamedTuple):
     power_of_two: float32 encode scales are rounded down to a power of two (encode only).
     hadamard: 16 signs: blocks of 16 along k are first multiplied by (1/4) diag(signs) H16 and rounded to bfloat16.
     stochastic: values are rounded up with the probability of their place between two neighbours; needs a key.
-    keep_nan: NaN becomes the element's code of NaN, where there is one, instead of the largest value.
+    keep_nan: NaN in x becomes the element's code of NaN, where it has one, instead of the largest value.
     """
 
     encode: bool = False

@@ -61,7 +61,7 @@ def stochastic(x: jax.Array, element: str, dither: jax.Array) -> jax.Array:
     return below + count.astype(jnp.int32)
 
 
-def encode(x: jax.Array, element: str, dither: jax.Array | None = None, keep_nan: bool = False) -> jax.Array:
+def encode(x: jax.Array, element: str, dither: jax.Array | None = None) -> jax.Array:
     """float32 -> codes, one a byte: uint8, or int8."""
     if element == "int8":
         return jnp.clip(jnp.round(x), -128, 127).astype(jnp.int8)
@@ -70,8 +70,7 @@ def encode(x: jax.Array, element: str, dither: jax.Array | None = None, keep_nan
     if element in UNSIGNED_ZERO:
         negative = negative & (x != 0)
     code = size + jnp.where(negative, 1 << (reference.BITS[element] - 1), 0)
-    return jnp.where(jnp.isnan(x), NAN[element], code).astype(jnp.uint8) if keep_nan and element in NAN else (
-        code.astype(jnp.uint8))  # fmt: skip
+    return code.astype(jnp.uint8)
 
 
 def largest(tiles: jax.Array) -> jax.Array:
@@ -188,7 +187,9 @@ def _quantized(x, spec: Operand, way: Way, scale: Any, dither: jax.Array | None,
         stored, factor = scales(largest(tiles), scale, spec, way)
         factor = jnp.repeat(jnp.repeat(factor, rows, axis=0), columns, axis=1)[:m, :k]
     scaled = x * factor if way.encode or spec.scale == "e8m0" else divide(x, jnp.broadcast_to(factor, x.shape))
-    codes = encode(scaled, spec.element, dither, way.keep_nan)
+    codes = encode(scaled, spec.element, dither)
+    if way.keep_nan and spec.element in NAN:
+        codes = jnp.where(jnp.isnan(x), jnp.uint8(NAN[spec.element]), codes)
     whole = scale if scale is None or not way.encode else divide(jnp.ones_like(scale), scale)
     return packed_of(pack(codes, spec.element) if packed else codes, stored, whole, spec)
 
