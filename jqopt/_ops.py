@@ -170,7 +170,7 @@ def _by_kernel(spec: InputFormat, kernel: kernels.Kernel, x: jax.Array, scale: j
         assert found is not None, spec
         whole = jnp.broadcast_to(found.astype(jnp.float32), x.shape[:-2])
 
-    def quantize(x: jax.Array, whole: jax.Array | None) -> kernels.Packed:
+    def quantize(x: jax.Array, whole: jax.Array | None) -> Any:
         return kernel.run(x, spec=described, way=kernels.Way(keep_nan=True), scale=whole)
 
     run: Any = quantize

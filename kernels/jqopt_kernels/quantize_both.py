@@ -39,7 +39,8 @@ def xla_run(
 
 def _kernel(rows: Plan, columns: Plan, interpret: bool, *refs: Any) -> None:
     rest, size, full = iter(refs), (rows.tile.rows, rows.tile.columns), (rows.m, rows.k)
-    at = (program(0) * size[0], program(1) * size[1])
+    place = (program(0), program(1))
+    at = (place[0] * size[0], place[1] * size[1])
     x = load(next(rest), at, size, full).astype(jnp.float32)
     operands = []
     for plan in (rows, columns):
@@ -47,9 +48,9 @@ def _kernel(rows: Plan, columns: Plan, interpret: bool, *refs: Any) -> None:
         operands.append((given, dither_at(next(rest), at, size) if plan.way.stochastic else None))
     refs = tuple(rest)
     (given, dither), (column_given, turned) = operands
-    write_copy(rows, x, given, dither, interpret, refs[: len(refs) // 2], at, full)
+    write_copy(rows, x, given, dither, interpret, refs[: len(refs) // 2], place, full)
     turned = None if turned is None else turned.T
-    write_copy(columns, x.T, column_given, turned, interpret, refs[len(refs) // 2 :], at[::-1], full[::-1])
+    write_copy(columns, x.T, column_given, turned, interpret, refs[len(refs) // 2 :], place[::-1], full[::-1])
 
 
 @no_gradient

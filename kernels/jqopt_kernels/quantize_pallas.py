@@ -106,12 +106,13 @@ class Plan(NamedTuple):
 
 def _kernel(plan: Plan, before: Before, interpret: bool, *refs: Any) -> None:
     rest, size, full = iter(refs), (plan.tile.rows, plan.tile.columns), (plan.m, plan.k)
-    at = (program(0) * size[0], program(1) * size[1])
+    place = (program(0), program(1))
+    at = (place[0] * size[0], place[1] * size[1])
     values = [load(next(rest), at, size, full) for _ in range(plan.inputs)]
     values += [load(next(rest), (0, at[1]), (1, size[1]), (1, plan.k)) for _ in range(plan.rows)]
     given = scalar(next(rest)) if needs_scale(plan.spec) else None
     dither = dither_at(next(rest), at, size) if plan.way.stochastic else None
-    write_copy(plan, before.apply(*values), given, dither, interpret, list(rest), at, full)
+    write_copy(plan, before.apply(*values), given, dither, interpret, list(rest), place, full)
 
 
 def dither_at(ref: Any, at: tuple, size: tuple[int, int]) -> jax.Array:
@@ -121,22 +122,26 @@ def dither_at(ref: Any, at: tuple, size: tuple[int, int]) -> jax.Array:
 
 
 def write_copy(
-    plan: Plan, x: jax.Array, given: Any, dither: Any, interpret: bool, refs: Sequence[Any], at: tuple, full: tuple
+    plan: Plan, x: jax.Array, given: Any, dither: Any, interpret: bool, refs: Sequence[Any], place: tuple, full: tuple
 ) -> None:
-    """Quantizes a tile that starts `at` and writes its codes to the first ref, its scales to the second, if any."""
+    """Quantizes the tile at this place among tiles; its codes go to the first ref, its scales, if any, to the second.
+
+    Where a tile starts is always a product of its place with a number, by which Triton knows how wide it may write.
+    """
     shared = tile(plan.spec, plan.k)
     if plan.spec.granularity == "channel":
         shared = (1, x.shape[1])
     x = transformed(x, plan.way)
     div = qm.divide if interpret else divide_rn
     codes, stored = qm.quantize_tile(x, given, plan.spec, plan.way, shared, dither, div)
+    (i, j), (r, c) = place, x.shape
     if plan.pairs:
-        store(refs[0], qm.pairs(codes).astype(jnp.uint8), (at[0], at[1] // 2), (full[0], -(-full[1] // 2)))
+        store(refs[0], qm.pairs(codes).astype(jnp.uint8), (i * r, j * (c // 2)), (full[0], -(-full[1] // 2)))
     else:
-        store(refs[0], codes.astype(refs[0].dtype), at, full)
+        store(refs[0], codes.astype(refs[0].dtype), (i * r, j * c), full)
     if stored is not None and shared is not None:
         stored = stored if stored.dtype == jnp.float32 else stored.astype(jnp.uint8)
-        store(refs[1], stored, (at[0] // shared[0], at[1] // shared[1]), scale_shape(plan.spec, *full))
+        store(refs[1], stored, (i * (r // shared[0]), j * (c // shared[1])), scale_shape(plan.spec, *full))
 
 
 def transformed(x: jax.Array, way: Way) -> jax.Array:

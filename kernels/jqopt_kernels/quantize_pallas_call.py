@@ -6,7 +6,6 @@ Pallas is imported when it is first used: it takes longer than all else that jqo
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ from jax import lax
 
 @functools.cache
 def _pallas() -> tuple[Any, Any]:
-    """Pallas and its lowering to Triton, which JAX 0.11 deprecates: it works and warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental import pallas
-        from jax.experimental.pallas import triton
+    """Pallas and its lowering to Triton, which JAX 0.11 deprecates: it still works in 0.12, and warns when lowered."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
     return pallas, triton
 
 
@@ -39,12 +37,10 @@ def call(
     shapes = [like(shape, dtype) for shape, dtype in outputs]
 
     def run(interpret: bool, *arrays: jax.Array) -> list[jax.Array]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return pl.pallas_call(
-                functools.partial(kernel, interpret), shapes, grid=grid, interpret=interpret,
-                compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
-            )(*arrays)  # fmt: skip
+        return pl.pallas_call(
+            functools.partial(kernel, interpret), shapes, grid=grid, interpret=interpret,
+            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        )(*arrays)  # fmt: skip
 
     if varying:  # JAX 0.10 cannot interpret a kernel in a shard_map with check_vma=True, which is for CPU alone
         return run(False, *operands)

@@ -54,12 +54,20 @@ def finite(name: str, x):
     return jnp.nan_to_num(x, nan=1.0, posinf=3e38, neginf=-3e38) if name.startswith("int8") else x
 
 
-# The XLA form is the arithmetic of the Pallas kernels on one tile: some formats are enough for it.
-XLA_TOO = ("nvfp4", "mxfp6", "fp8_token", "int8", "hadamard", "2d")
+# Without `slow`: the kernel on every format; the oracle and XLA's form (the kernel's arithmetic on one tile) on some.
+OFTEN = {
+    "pallas": {*FORMATS, "2d", "up", "hadamard", "fp8_block"},
+    "reference": {"nvfp4", "mxfp8", "up"},
+    "xla": {"nvfp4"},
+}
 
 
 def checks(names) -> list:
-    return [(name, family) for name in names for family in FAMILIES if family != "xla" or name in XLA_TOO]
+    return [
+        pytest.param(name, family, marks=() if name in OFTEN[family] else pytest.mark.slow, id=f"{name}-{family}")
+        for name in names
+        for family in FAMILIES
+    ]
 
 
 @pytest.mark.parametrize(("name", "family"), checks(FORMATS))
@@ -70,7 +78,7 @@ def test_equals_the_formats(name, family):
     same(found, expected(name, True)(x, scale_for(name)))
 
 
-@pytest.mark.parametrize(("name", "family"), [("nvfp4", "pallas"), ("nvfp4", "reference"), ("mxfp6", "xla")])
+@pytest.mark.parametrize(("name", "family"), [("nvfp4", "pallas"), ("mxfp6", "xla")])
 def test_unpacked(name, family):
     x = matrix(3, 37)
     same(quantizer(family, name, Way(), False)(x, scale_for(name), None), expected(name, False)(x, scale_for(name)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -13,6 +14,7 @@ import jqopt_kernels as kernels
 from jqopt import _numerics, formats
 from jqopt.train import _dither
 from jqopt.train._operand import COLUMNS, Quantizer, codes, measure, pinned
+from jqopt.train.quantizers import encode_scale
 from jqopt_kernels import NoKernelError, Operand, Shapes, reference
 from jqopt_kernels.quantize_way import NEAREST, SIGNS, Random, Way, needs_scale
 from tests.kernels.quantize_cases import FORMATS, hostile, matrix
@@ -21,6 +23,9 @@ FLOAT = Operand("float")
 NVFP4 = FORMATS["nvfp4"][0]
 KEYS = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "te_golden.npz")
+
+
+slow = pytest.mark.slow
 
 
 def run_of(op: str, family: str):
@@ -52,11 +57,13 @@ def both(family: str):
     return made(*given)
 
 
+@slow
 @pytest.mark.parametrize("family", ["pallas", "xla"])
 def test_both_copies_equal_the_oracle(family):
     same(both(family), both("reference"))
 
 
+@slow
 def test_the_column_copy_equals_trainings():
     """Training keeps it in x's own layout, [m, k]; for the GEMM it is turned."""
     q = Quantizer(formats.get("nvfp4"), (1, 16), hadamard=True, stochastic=True)
@@ -70,6 +77,22 @@ def test_the_column_copy_equals_trainings():
     want, (_, got) = trained(matrix(48, 80, dtype=jnp.bfloat16)), both("pallas")
     np.testing.assert_array_equal(got.scale, want.scale.T)
     np.testing.assert_array_equal(reference.unpack(got.data, "e2m1", 48), _numerics.unpack(want.data, 4, 80).T)
+
+
+def test_both_copies_equal_transformer_engines():
+    """Its golden arrays of a normal matrix: rows as they are, columns with the random Hadamard transform."""
+    golden = {name: GOLDEN[f"q/randn/1d_rht/{name}"] for name in ("data", "scale", "data_t", "scale_t")}
+    x = jnp.asarray(GOLDEN["in/randn"].view(ml_dtypes.bfloat16))
+    amax = [jnp.asarray(GOLDEN[f"q/randn/1d_rht/amax_{side}"])[0] for side in ("row", "col")]
+    run = functools.partial(
+        run_of("quantize_both", "pallas"), spec=NVFP4, way=Way(encode=True), packed=True,
+        column_way=Way(encode=True, hadamard=SIGNS),
+    )  # fmt: skip
+    scale, column = (encode_scale(a, 6 * 448) for a in amax)
+    rows, columns = jax.jit(lambda x, a, b: run(x, scale=a, column_scale=b))(x, scale, column)
+    for got, name in ((rows, ""), (columns, "_t")):
+        np.testing.assert_array_equal(got.data, golden["data" + name])
+        np.testing.assert_array_equal(got.scale, golden["scale" + name])
 
 
 def test_both_copies_of_square_tiles_are_each_others_transpose():
@@ -87,7 +110,9 @@ def test_both_copies_of_square_tiles_are_each_others_transpose():
 # -------------------------------------------------------------------------------------------------------------- amax
 
 
-@pytest.mark.parametrize(("name", "signs"), [("fp8", None), ("fp8_token", None), ("fp8", SIGNS)])
+@pytest.mark.parametrize(
+    ("name", "signs"), [("fp8_token", None), ("fp8", SIGNS), pytest.param("fp8", None, marks=slow)]
+)
 def test_amax(name, signs):
     """Several tiles, ragged; NaN of one row. Transformed: the same bits as the oracle's sums."""
     spec, way, x = FORMATS[name][0], Way(hadamard=signs), hostile(40, 528)
@@ -112,8 +137,15 @@ def steps_apart(a, b, element: str) -> np.ndarray:
     return np.abs(rank[np.asarray(a, np.int64)] - rank[np.asarray(b, np.int64)])
 
 
-@pytest.mark.parametrize("name", ["fp8_token", "nvfp4"])
-@pytest.mark.parametrize("op", ["norm_quantize", "swiglu_quantize"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("norm_quantize", "fp8_token"),
+        ("swiglu_quantize", "nvfp4"),
+        pytest.param("norm_quantize", "nvfp4", marks=slow),
+        pytest.param("swiglu_quantize", "fp8_token", marks=slow),
+    ],
+)
 def test_fused_equals_the_oracle(op, name):
     """A norm's sum may be rounded differently: a code may be the neighbour where its value lies between two."""
     spec = FORMATS[name][0]
@@ -134,7 +166,8 @@ def test_the_norm_is_the_norm():
     """Against numpy in float64: within half a step of e4m3, and bfloat16's rounding before it."""
     rng = np.random.default_rng(6)
     x, w = rng.normal(size=(3, 100)).astype(np.float32), rng.uniform(0.5, 2, 100).astype(np.float32)
-    got = run_of("norm_quantize", "pallas")(jnp.asarray(x), jnp.asarray(w), eps=1e-3, spec=FORMATS["fp8_token"][0])
+    run = functools.partial(run_of("norm_quantize", "pallas"), eps=1e-3, spec=FORMATS["fp8_token"][0])
+    got = jax.jit(run)(jnp.asarray(x), jnp.asarray(w))
     exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-3) * w
     values = np.asarray(reference.element_table("e4m3"))[np.asarray(got.data)] * np.asarray(got.scale)
     assert np.all(np.abs(values - exact) <= np.abs(exact) * 2.0**-4 + np.asarray(got.scale) * 2.0**-10 + 1e-6)
@@ -151,13 +184,13 @@ def test_swizzle_equals_the_golden_vectors(family):
     np.testing.assert_array_equal(run_of("unswizzle", family)(swizzled, *linear.shape), linear)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (130, 70), (256, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 70)])
 def test_unswizzle_undoes_swizzle(shape):
     scale = jnp.asarray(np.random.default_rng(0).integers(1, 256, shape), jnp.uint8)
-    swizzled = run_of("swizzle", "pallas")(scale)
-    same(swizzled, run_of("swizzle", "reference")(scale))
+    swizzled = jax.jit(run_of("swizzle", "pallas"))(scale)
+    same(swizzled, run_of("swizzle", "xla")(scale))
     assert int((swizzled == 0).sum()) == swizzled.size - scale.size  # padded with zeros
-    same(run_of("unswizzle", "pallas")(swizzled, *shape), scale)
+    same(jax.jit(run_of("unswizzle", "pallas"), static_argnums=(1, 2))(swizzled, *shape), scale)
 
 
 # ---------------------------------------------------------------------------------------------------- transformations
@@ -171,14 +204,14 @@ def test_under_vmap_and_scan():
     x = jnp.stack([matrix(5, 48, seed) for seed in range(3)])
     one = jax.jit(quantize)
     want = [one(a) for a in x]
-    mapped = jax.jit(jax.vmap(quantize))(x)
-    _, scanned = jax.lax.scan(lambda carry, a: (carry, one(a)), None, x)
+    both = jax.jit(lambda x: (jax.vmap(quantize)(x), jax.lax.scan(lambda c, a: (c, quantize(a)), None, x)[1]))
+    mapped, scanned = both(x)
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *want)
     same(mapped, stacked)
     same(scanned, stacked)
 
 
-@pytest.mark.parametrize("op", ["quantize", "quantize_both"])
+@pytest.mark.parametrize("op", ["quantize", pytest.param("quantize_both", marks=slow)])
 def test_random_bits_do_not_depend_on_sharding(op):
     """Eight devices, each with its part and the part's place: the bits of one device."""
     x, way = matrix(64, 64), Way(encode=True, stochastic=True)
@@ -206,16 +239,13 @@ def test_random_bits_do_not_depend_on_sharding(op):
 def test_rounding_up_is_as_likely_as_the_place_between_two_values():
     """1.5 steps of e2m1's [2, 3] quarter: 2.25 goes to 3 a quarter of the time; 64 x 256 draws, 5 sigma."""
     x = jnp.full((64, 256), 2.25).at[:, ::16].set(6.0)
-    got = quantize_plain(x)
+    way, scale = Way(encode=True, stochastic=True), jnp.float32(448)
+    got = jax.jit(lambda x: run_of("quantize", "pallas")(x, spec=NVFP4, way=way, scale=scale, random=Random(KEYS[0])))(
+        x
+    ).data
     up = np.mean(np.asarray(got)[:, 1::16] == 5)  # code 5 is 3
     assert abs(up - 0.25) < 5 * np.sqrt(0.25 * 0.75 / (64 * 16))
     assert set(np.unique(np.asarray(got)[:, 1::16])) == {4, 5}
-
-
-def quantize_plain(x):
-    return run_of("quantize", "pallas")(
-        x, spec=NVFP4, way=Way(encode=True, stochastic=True), scale=jnp.float32(448.0), random=Random(KEYS[0])
-    ).data
 
 
 def test_a_gradient_is_refused():
@@ -284,8 +314,8 @@ def cuda_text(function, *shapes) -> str:
     return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_lowers_for_cuda(name):
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp6", "fp8_token", "fp8_8x16", "int8"])
+def test_formats_lower_for_cuda(name):
     spec = FORMATS[name][0]
     run = functools.partial(run_of("quantize", "pallas"), spec=spec, packed=True)
     given = {"scale": jnp.float32(1)} if needs_scale(spec) else {}
