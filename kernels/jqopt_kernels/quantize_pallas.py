@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from . import quantize_math as qm
-from ._device import platform
+from ._device import capability, platform
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .decode import CODINGS
 from .quantize_pallas_call import call, divide_rn, load, program, scalar, store
@@ -219,11 +219,18 @@ def _norm_quantize(x, weight, *, eps=1e-6, spec, way=NEAREST, scale=None, random
     return _run(Before(norm, True), [x], [weight], spec, way, scale, random, packed)
 
 
-def refusal(spec: Operand, device: str, shapes: Shapes, full_rows: bool = False) -> str | None:
-    """Why the Pallas kernels cannot quantize such a matrix [m, k], or None."""
+def no_chip(device: str) -> str | None:
+    """Why no kernel of Pallas and Triton is compiled for this device, or None."""
     if platform(device) != "cuda":
         return f"Pallas-Triton compiles for CUDA, not for {device} (on CPU it runs interpreted, for tests)"
-    if (why := unknown(spec)) is not None:
+    if capability(device) is None:
+        return f"Pallas-Triton compiles for one chip, and {device!r} names none; write its capability, as in 'cuda:90'"
+    return None
+
+
+def refusal(spec: Operand, device: str, shapes: Shapes, full_rows: bool = False) -> str | None:
+    """Why the Pallas kernels cannot quantize such a matrix [m, k], or None."""
+    if (why := no_chip(device)) is not None or (why := unknown(spec)) is not None:
         return why
     shared = tile(spec, shapes.k) or (1, 1)
     if spec.granularity == "block" and any(n != pow2(n) for n in shared):

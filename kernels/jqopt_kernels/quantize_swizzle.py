@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._device import platform
 from ._types import Kernel, Operand, Shapes, as_is
-from .quantize_pallas import MOST, pow2
+from .quantize_pallas import MOST, no_chip, pow2
 from .quantize_pallas_call import call, load, program, store
 
 ACROSS = 16  # tiles of 128x4 that one program moves, at most
@@ -82,8 +81,8 @@ def _anywhere(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | 
 
 
 def _cuda(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
-    if platform(device) != "cuda":
-        return f"Pallas-Triton compiles for CUDA, not for {device}"
+    if (why := no_chip(device)) is not None:
+        return why
     size = shapes.m * shapes.k
     return f"m * k is {size}, offsets are 32-bit" if size >= MOST or not size else None
 

@@ -268,6 +268,7 @@ def test_nothing_to_quantize():
     ("op", "spec", "device", "shapes", "reason"),
     [
         ("quantize", NVFP4, "cpu", (4, 64), "compiles for CUDA"),
+        ("quantize", NVFP4, "cuda", (4, 64), "names none"),  # of an exported program, say
         ("quantize", NVFP4, "cuda:90", (1 << 16, 1 << 15), "32-bit"),
         ("quantize", NVFP4._replace(block=24), "cuda:90", (4, 64), "not a power of two"),
         ("quantize", FORMATS["fp8_token"][0], "cuda:90", (4, 1 << 15), "one program holds a row"),

@@ -22,7 +22,9 @@ X = jax.ShapeDtypeStruct((2, 9, 150), jnp.float32)
 CUDA = "cuda:90"
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", ["nvfp4", "mxfp8", "fp8_token", "int8_token", pytest.param("nvfp4_static", marks=pytest.mark.slow)]
+)
 def test_the_bits_of_numerics(name):
     """Stacked, ragged, NaN and infinity: the kernel, interpreted, in place of jqopt._numerics."""
     spec = SPECS[name]
@@ -41,6 +43,7 @@ def test_only_where_it_is_more_than_xla_gives(monkeypatch):
     nvfp4 = SPECS["nvfp4"]
     assert _ops.quantizer(X, nvfp4, None, "cpu") is None
     assert _ops.quantizer(X, nvfp4, None, "tpu") is None
+    assert _ops.quantizer(X, nvfp4, None, "cuda") is None  # an exported program, for any chip
     assert _ops.quantizer(X, nvfp4, "xla", CUDA) is None
     assert _ops.quantizer(X, nvfp4, "pallas", CUDA) is not None
     assert _ops.quantizer(X, InputFormat(formats.get("fp8"), "tensor", True), None, CUDA) is None
