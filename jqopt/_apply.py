@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _attention_ops, _hadamard, _jaxpr, _ops, _trace, _view
+from jqopt import _attention_ops, _hadamard, _jaxpr, _ops, _stage, _trace, _view
 from jqopt._attention import Product, products
 from jqopt._jaxpr import Address, QConcat, QView, State, layout_atoms
 from jqopt._plan import Decision, Plan
@@ -69,7 +69,7 @@ class Static:
         self.jitted: dict[Any, Callable] = {}
 
     def __call__(self, quant: Any, *inputs: Any, **kwargs: Any) -> Any:
-        arrays, rebuild, key = _trace.split_static((inputs, kwargs))
+        arrays, rebuild, key = _stage.split_static((inputs, kwargs))
         if key not in self.jitted:
             self.jitted[key] = jax.jit(functools.partial(self._call, rebuild))
         return self.jitted[key](quant, arrays)
@@ -91,13 +91,13 @@ def run(plan: Plan, rule_of: Callable[[list], Executor], quant: Any, inputs: tup
     leaves = check_params(plan, params)
     _attention_ops.check_scales(plan.attention, scales)
     shapes = jax.tree.map(_abstract, params, is_leaf=is_qtensor)
-    closed, out, views = _trace.stage(plan.function, shapes, inputs, kwargs)
+    closed, out, views = _stage.stage(plan.function, shapes, inputs, kwargs)
     rule = rule_of([*decided_sites(plan, closed, views), *products(plan.attention, closed, views)])
     values = [
         QView(leaf, view) if isinstance(leaf, QTensor) and view is not None else leaf
         for leaf, view in zip(leaves, views[: len(leaves)], strict=True)
     ]
-    outs, _ = _jaxpr.evaluate(closed, [*values, *_trace.split_static((inputs, kwargs))[0]], rule, dict(scales))
+    outs, _ = _jaxpr.evaluate(closed, [*values, *_stage.split_static((inputs, kwargs))[0]], rule, dict(scales))
     return jax.tree.unflatten(jax.tree.structure(out), [_jaxpr.dense(o) for o in outs])
 
 
@@ -110,7 +110,7 @@ def _abstract(leaf: Any) -> Any:
 def check_params(plan: Plan, params: Any) -> list:
     """The leaves of a quantized tree, checked against the plan; the message names the parameter that differs."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    paths = {p: leaf for key, leaf in flat if (p := _trace.parameter_path(plan.function, key, leaf)) is not None}
+    paths = {p: leaf for key, leaf in flat if (p := _stage.parameter_path(plan.function, key, leaf)) is not None}
     check_paths(plan, paths)
     done = plan.quantized
     for path, leaf in paths.items():

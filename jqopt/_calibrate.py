@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _attention_ops, _hadamard, _jaxpr, _trace
+from jqopt import _attention_ops, _hadamard, _jaxpr, _stage
 from jqopt._apply import Sited, check_paths, decided_sites
 from jqopt._attention import OperandDecision, Product, products
 from jqopt._jaxpr import Address, State
@@ -193,7 +193,7 @@ def calibrate(
     steps = plan.compiled
     n = 0
     for n, batch in enumerate(batches, 1):
-        arrays, rebuild, key = _trace.split_static(as_call(batch, kwargs))
+        arrays, rebuild, key = _stage.split_static(as_call(batch, kwargs))
         key = ("calibrate", tuple(u.name for u in chosen), bool(operands), key)
         if key not in steps:
             steps[key] = jax.jit(functools.partial(_step, plan, chosen, operands, rebuild), donate_argnums=(0,))
@@ -223,7 +223,7 @@ def as_call(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
 def _check(plan: Plan, params: Any) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     check_paths(
-        plan, {p: leaf for key, leaf in flat if (p := _trace.parameter_path(plan.function, key, leaf)) is not None}
+        plan, {p: leaf for key, leaf in flat if (p := _stage.parameter_path(plan.function, key, leaf)) is not None}
     )
 
 
@@ -237,7 +237,7 @@ def _step(
     arrays: list,
 ) -> Stats:
     inputs, kwargs = rebuild(arrays)
-    closed, _, views = _trace.stage(plan.function, params, inputs, kwargs)
+    closed, _, views = _stage.stage(plan.function, params, inputs, kwargs)
     leaves = [*jax.tree.leaves(params), *arrays]
     sites = [*decided_sites(plan, closed, views), *(p for p in products(operands, closed, views) if p[0].key in stats)]
     _, after = _jaxpr.evaluate(closed, leaves, Observer(sites, units), stats)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+from jax._src import config as jax_config
 from jax.core import ShapedArray
 
 
@@ -20,3 +21,17 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     """x as a value that differs over these axes of a shard_map too."""
     missing = tuple(a for a in axes if a not in varying(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def aval(shape: tuple[int, ...], dtype: Any, weak_type: bool = False) -> ShapedArray:
+    """The type of an array that lies nowhere in particular."""
+    return ShapedArray(shape, dtype, weak_type)
+
+
+def settings() -> Any:
+    """Whatever of JAX's state a trace depends on (mesh, x64, precision, ...), as jax.jit knows it; hashable.
+
+    Where JAX does not say, a value that equals no other.
+    """
+    context = getattr(jax_config, "trace_context", None)
+    return object() if context is None else context()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _hadamard, _jaxpr, _numerics, _ops, _program, _trace
+from jqopt import _hadamard, _jaxpr, _numerics, _ops, _program, _stage
 from jqopt._calibrate import as_call
 from jqopt._plan import Plan, Unit
 from jqopt._program import Layer, Piece, Program
@@ -144,18 +144,18 @@ def _put(leaf: Any, layer: Layer, matrix: jax.Array, layout: Any) -> jax.Array:
 def _leaves_of(plan: Plan, params: Any) -> tuple[list[Any], dict[str, int]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     names = {
-        p: i for i, (key, leaf) in enumerate(flat) if (p := _trace.parameter_path(plan.function, key, leaf)) is not None
+        p: i for i, (key, leaf) in enumerate(flat) if (p := _stage.parameter_path(plan.function, key, leaf)) is not None
     }
     return [leaf for _, leaf in flat], names
 
 
 def _start(plan: Plan, params: Any, batch: Any, kwargs: Mapping[str, Any], n_params: int, two: bool) -> _Batch:
     args, keywords = as_call(batch, kwargs)
-    arrays, _, key = _trace.split_static((args, keywords))
+    arrays, _, key = _stage.split_static((args, keywords))
     shapes = tuple((tuple(np.shape(a)), str(jnp.result_type(a))) for a in arrays)
     cache = plan.compiled
     if ("program", key, shapes) not in cache:
-        closed, _, views = _trace.stage(plan.function, params, args, keywords)
+        closed, _, views = _stage.stage(plan.function, params, args, keywords)
         cache["program", key, shapes] = _program.flat(closed, views, n_params)
     program: Program = cache["program", key, shapes]
     inputs = dict(zip(program.jaxpr.invars[n_params:], map(jnp.asarray, arrays), strict=True))

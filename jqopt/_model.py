@@ -14,7 +14,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jax.core import Tracer
 
-from jqopt import _apply, _plan, _report, _trace
+from jqopt import _apply, _plan, _report, _stage, _trace
 from jqopt._apply import Quantized
 from jqopt._calibrate import as_call
 from jqopt._calibrate import calibrate as calibrate
@@ -206,7 +206,7 @@ class _Weak:
 
 def _shapes(tree: Any) -> Any:
     """Arrays as shapes; everything else as it is."""
-    arrays, rebuild, _ = _trace.split_static(tree)
+    arrays, rebuild, _ = _stage.split_static(tree)
     return rebuild([jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for x in arrays])
 
 
@@ -322,7 +322,7 @@ def _check_init(model: flax_linen.Module, variables: Any, args: tuple, kwargs: d
     """A Linen module's own parameters, from the shapes that `init` gives, must be the checkpoint's."""
     streams = kwargs.get("rngs")
     names = {"params", *(streams if isinstance(streams, dict) else ())}
-    arrays, rebuild, _ = _trace.split_static((args, {k: v for k, v in kwargs.items() if k not in ("rngs", "mutable")}))
+    arrays, rebuild, _ = _stage.split_static((args, {k: v for k, v in kwargs.items() if k not in ("rngs", "mutable")}))
 
     def init(arrays: list) -> Any:
         positional, keywords = rebuild(arrays)

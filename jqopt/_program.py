@@ -140,7 +140,7 @@ class Piece:
 
 
 def flat(closed: Any, views: Sequence[View | None], n_params: int) -> Program:
-    """The program of a staged model (`_trace.stage`) whose first `n_params` inputs are the leaves of its parameters."""
+    """The program of a staged model (`_stage.stage`) whose first `n_params` inputs are the leaves of its parameters."""
     sites, _ = _trace.walk(closed, views, {})
     rule = _Unroll([s for s in sites if s.path is not None and s.reason is None])
 

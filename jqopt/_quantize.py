@@ -21,7 +21,7 @@ from jqopt import (
     _leaves,
     _numerics,
     _program,
-    _trace,
+    _stage,
     _view,
     algorithms,
 )
@@ -72,7 +72,7 @@ def quantize(
     """
     params = plan.function.tree(params)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
-    paths = [_trace.parameter_path(plan.function, key, leaf) for key, leaf in flat]
+    paths = [_stage.parameter_path(plan.function, key, leaf) for key, leaf in flat]
     leaves = [leaf for _, leaf in flat]
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
@@ -316,7 +316,7 @@ class _Work:
     def tree(self, params: Any) -> Any:
         """The parameter tree as it is now."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-        paths = [_trace.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
+        paths = [_stage.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
         return treedef.unflatten(
             [leaf if p is None else self.leaves[p] for p, (_, leaf) in zip(paths, flat, strict=True)]
         )
@@ -329,7 +329,7 @@ class _Work:
     def _unflattened(self, params: Any) -> tuple[Any, Any, list[str | None], list[Any]]:
         """(the tree as it is now, its treedef, the path of each leaf, the leaves)"""
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-        paths = [_trace.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
+        paths = [_stage.parameter_path(self.plan.function, key, leaf) for key, leaf in flat]
         now = [leaf if p is None else self.leaves[p] for p, (_, leaf) in zip(paths, flat, strict=True)]
         return treedef.unflatten(now), treedef, paths, now
 

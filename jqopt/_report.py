@@ -14,8 +14,8 @@ import numpy as np
 from jqopt._apply import Quantized, check_paths
 from jqopt._plan import FOLDED, Plan, describe
 from jqopt._qtensor import QTensor
+from jqopt._stage import Function, parameter_path
 from jqopt._table import table
-from jqopt._trace import Function, parameter_path
 
 UNREAD = "no dot, convolution or lookup reads it"
 

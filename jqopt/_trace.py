@@ -9,17 +9,16 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
 from jqopt import _view
 from jqopt._jaxpr import COMBINERS, OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
+from jqopt._stage import Function, parameter_path, stage
 from jqopt._view import Atom, View
 from jqopt.analysis.attention import Attention, attention
 from jqopt.analysis.axis_rules import Rule
@@ -101,19 +100,6 @@ class Opaque(NamedTuple):
     scope: str
     params: tuple[str, ...]
     reason: str
-
-
-class Function(NamedTuple):
-    """What every frontend makes of a model: a function of a parameter tree, and names for its leaves."""
-
-    call: Callable[..., Any]  # call(params, *inputs, **kwargs)
-    params: Any  # the tree of arrays or shapes
-    path_of: Callable[[tuple], str | None]  # key path of a leaf -> parameter path; None: not a parameter
-    watch: Callable[[], AbstractContextManager[Mapping[str, str]]]  # while tracing: module path -> class name
-    kind: str  # linen | nnx | function
-    name: str
-    tree: Callable[[Any], Any] = lambda params: params  # what a user passes as `params` -> the tree
-    untree: Callable[[Any], Any] = lambda tree: tree  # the tree -> what a user gets back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -601,57 +587,6 @@ def _name(sites: list[Site]) -> list[Site]:
     return [named[i] for i in range(len(sites))]
 
 
-def split_static(tree: Any) -> tuple[list, Callable[[list], Any], Any]:
-    """(arrays, rebuild, key): the array leaves, how to put them back, and a hashable key of all that is static."""
-    leaves, treedef = jax.tree.flatten(tree)
-    dynamic = [hasattr(x, "dtype") and hasattr(x, "shape") for x in leaves]
-    arrays = [x for x, d in zip(leaves, dynamic, strict=True) if d]
-    still = tuple(None if d else x for x, d in zip(leaves, dynamic, strict=True))
-
-    def rebuild(arrays: list) -> Any:
-        left = iter(arrays)
-        return treedef.unflatten([next(left) if d else s for s, d in zip(still, dynamic, strict=True)])
-
-    return arrays, rebuild, (treedef, tuple(dynamic), tuple(map(_static_key, still)))
-
-
-def _static_key(value: Any) -> tuple:
-    """Tells static values apart: 1, 1.0 and True, 0.0 and -0.0; what can't be hashed by its identity."""
-    try:
-        hash(value)
-    except TypeError:
-        return (type(value), id(value))  # `rebuild` keeps it alive, so that its id stays its own
-    return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
-
-
-def parameter_path(function: Function, key: tuple, leaf: Any) -> str | None:
-    """The path of a leaf that is a parameter; None for other collections, Python numbers and random keys."""
-    dtype = getattr(leaf, "dtype", None)
-    if getattr(leaf, "weak_type", False):  # a Python number that jit has made an array
-        return None
-    if dtype is None or (not isinstance(dtype, str) and jnp.issubdtype(dtype, jax.dtypes.extended)):
-        return None
-    return function.path_of(key)
-
-
-def stage(function: Function, params: Any, inputs: tuple, kwargs: dict) -> tuple[Any, Any, list[View | None]]:
-    """(closed jaxpr, output tree, a View or None for each invar) of the model at these shapes."""
-    arrays, rebuild, _ = split_static((inputs, kwargs))
-
-    def call(params: Any, arrays: list) -> Any:
-        args, keywords = rebuild(arrays)
-        return function.call(params, *args, **keywords)
-
-    closed, out = jax.make_jaxpr(call, return_shape=True)(params, arrays)
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    rest = len(closed.in_avals) - len(flat)
-    views: list[View | None] = [
-        None if (p := parameter_path(function, path, leaf)) is None else _view.whole(p, leaf.shape, leaf.dtype)
-        for path, leaf in flat
-    ]
-    return closed, out, [*views, *([None] * rest)]
-
-
 def _shapes(inputs: tuple, kwargs: dict) -> str:
     """Inputs in a few words: `float32[4, 64], train=True`."""
 
@@ -666,7 +601,7 @@ def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
     """The graph of a model at the shapes of `inputs`: nothing is computed, no weight needs to be in memory."""
     try:
         with function.watch() as modules:
-            closed, _, views = stage(function, function.params, inputs, kwargs)
+            closed, _, views = stage(function, function.params, inputs, kwargs, anew=True)  # `watch` sees it happen
     except JqoptError:
         raise
     except Exception as e:

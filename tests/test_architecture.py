@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "jqopt_kernels"
 # Ground first. A module imports from floors below its own and from its own folder, not from beside or above.
 FLOORS: list[set[str]] = [
     {"errors", "_compat", "_table", "_view", "_trace_layout"},
-    {"formats", "_hadamard", "_trace_page", "_recipe_base"},
+    {"formats", "_hadamard", "_trace_page", "_recipe_base", "_stage"},
     {"_numerics", "_recipe_train"},
     {"_qtensor"},
     {"_ops"},

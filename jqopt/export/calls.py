@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from jqopt import _trace
+from jqopt import _stage
 from jqopt._calibrate import as_call
 from jqopt.errors import UnsupportedError
 from jqopt.export.artifact import Input
@@ -60,7 +60,7 @@ def call_of(qm: Any, inputs: Any, axes: Mapping[str, Sequence[Any]], asked: Mapp
     call = as_call(inputs, {}) if inputs is not None else getattr(qm, "inputs", None)
     if call is None:
         raise UnsupportedError("nothing says what the model takes: pass inputs=, one batch of arrays or shapes")
-    arrays, rebuild, _ = _trace.split_static(call)
+    arrays, rebuild, _ = _stage.split_static(call)
     names = _names(qm.model, call)
     if unknown := sorted(set(axes) - set(names)):
         raise UnsupportedError(f"axes={{{unknown[0]!r}: ...}}: no such input; there are {', '.join(names)}")

@@ -11,7 +11,7 @@ import jax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
-from jqopt._trace import Function
+from jqopt._stage import Function
 from jqopt.errors import TraceError
 
 

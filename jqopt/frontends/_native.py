@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _apply, _jaxpr, _trace
+from jqopt import _apply, _jaxpr, _stage, _trace
 from jqopt._jaxpr import QView
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import Layout, QTensor
-from jqopt._trace import Function, Site
+from jqopt._stage import Function
+from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
 from jqopt.frontends import path_name
 
@@ -56,11 +57,11 @@ def run(
     """
     local = {path: sliced(path, tensor, decisions) for path, tensor in packed.items()}
     shapes = {path: jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype)) for path, t in local.items()}
-    closed, out, views = _trace.stage(_function(call), shapes, args, kwargs)
+    closed, out, views = _stage.stage(_function(call), shapes, args, kwargs)
     sites, _ = _trace.walk(closed, views, {})
     rule = _Rule(_decided(sites, decisions), simulate)
     weights = [QView(local[v.path], v) for v in views if v is not None]
-    outs, _ = _jaxpr.evaluate(closed, [*weights, *_trace.split_static((args, kwargs))[0]], rule, {})
+    outs, _ = _jaxpr.evaluate(closed, [*weights, *_stage.split_static((args, kwargs))[0]], rule, {})
     return jax.tree.unflatten(jax.tree.structure(out), [_jaxpr.dense(o) for o in outs])
 
 

@@ -13,7 +13,7 @@ from flax import errors as flax_errors
 from flax import linen as nn
 
 from jqopt._qtensor import QTensor
-from jqopt._trace import Function
+from jqopt._stage import Function
 from jqopt.errors import PlanError, TraceError, UnsupportedError
 from jqopt.frontends import _native, path_name
 

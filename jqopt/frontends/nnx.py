@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jqopt import _trace
+from jqopt import _stage
 from jqopt._apply import check_paths
 from jqopt._plan import Decision
 from jqopt._qtensor import QTensor
-from jqopt._trace import Function
+from jqopt._stage import Function
 from jqopt.errors import PlanError, TraceError, UnsupportedError
 from jqopt.frontends import _native, _state, path_name
 
@@ -101,7 +101,7 @@ def check_unchanged(function: Function, tree: Any, inputs: tuple, kwargs: dict) 
         UnsupportedError: naming the state that it changes.
     """
     shapes = jax.tree.map(_shape, tree, is_leaf=lambda x: isinstance(x, QTensor))
-    closed, (_, _, after), _ = _trace.stage(with_state(function), shapes, inputs, kwargs)
+    closed, (_, _, after), _ = _stage.stage(with_state(function), shapes, inputs, kwargs)
     flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
     before = {path_name(key[1:]): i for i, (key, _) in enumerate(flat) if path_of(key) is None}
     names = [path_name(key) for key, _ in jax.tree_util.tree_flatten_with_path(after)[0]]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jqopt import _apply, _ops, _trace
+from jqopt import _apply, _ops, _stage
 from jqopt._apply import Executor, Quantized
 from jqopt._ops import InputFormat
 from jqopt._plan import Plan
@@ -110,7 +110,7 @@ class LoRA:
         flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_apply.is_qtensor)
         leaves = []
         for key, leaf in flat:
-            path = _trace.parameter_path(self.plan.function, key, leaf)
+            path = _stage.parameter_path(self.plan.function, key, leaf)
             if path in adapters and isinstance(leaf, QTensor):
                 fields: dict[str, Any] = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(QTensor)}
                 fields |= adapters[path]

@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx as flax_nnx
 from jax import Array, lax
 
-from jqopt import _apply, _compat, _jaxpr, _trace
+from jqopt import _apply, _compat, _jaxpr, _stage, _trace
 from jqopt._jaxpr import Address, State
 from jqopt._model import trace
 from jqopt._numerics import divide
 from jqopt._recipe import Recipe, load_recipe
-from jqopt._trace import Function, Site
+from jqopt._stage import Function
+from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
 from jqopt.train import _dither, _low_plan
 from jqopt.train._linear import NAME, Gemms, linear
@@ -112,10 +113,10 @@ def run(
     if isinstance(params, flax_nnx.Module):
         params = function.tree(params)
     leaves = _checked(plan, function, params)
-    closed, out, views = _trace.stage(function, jax.tree.map(_abstract, params), inputs, kwargs)
+    closed, out, views = _stage.stage(function, jax.tree.map(_abstract, params), inputs, kwargs)
     rule = Trainer(_sites(plan, closed, views), closed)
     start = _start(plan, key_data(key), state)
-    outs, _ = _jaxpr.evaluate(closed, [*leaves, *_trace.split_static((inputs, kwargs))[0]], rule, start)
+    outs, _ = _jaxpr.evaluate(closed, [*leaves, *_stage.split_static((inputs, kwargs))[0]], rule, start)
     return jax.tree.unflatten(jax.tree.structure(out), outs)
 
 
@@ -130,7 +131,7 @@ def _abstract(leaf: Any) -> Any:
 
 def _checked(plan: TrainPlan, function: Function, params: Any) -> list:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {p: leaf for key, leaf in flat if (p := _trace.parameter_path(function, key, leaf)) is not None}
+    found = {p: leaf for key, leaf in flat if (p := _stage.parameter_path(function, key, leaf)) is not None}
     _apply.check_paths(plan.ptq, found)
     return [leaf for _, leaf in flat]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _apply, _numerics, _quantize, _trace
+from jqopt import _apply, _numerics, _quantize, _stage
 from jqopt._apply import Quantized
 from jqopt._calibrate import Stats, check_stats
 from jqopt._model import QuantizedModel
@@ -99,7 +99,7 @@ class QAT:
         flat, treedef = jax.tree_util.tree_flatten_with_path(quant.params, is_leaf=_apply.is_qtensor)
         leaves = []
         for key, leaf in flat:
-            path = _trace.parameter_path(self.plan.function, key, leaf)
+            path = _stage.parameter_path(self.plan.function, key, leaf)
             if path is not None and path in self.plan.quantized:
                 leaf = self._with_scales(path, leaf, found[path], scales, shared.get(path))
             leaves.append(leaf)
@@ -146,7 +146,7 @@ class QAT:
         """The parameters by path, checked against the plan."""
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         function = self.plan.function
-        found = {p: leaf for key, leaf in flat if (p := _trace.parameter_path(function, key, leaf)) is not None}
+        found = {p: leaf for key, leaf in flat if (p := _stage.parameter_path(function, key, leaf)) is not None}
         _apply.check_paths(self.plan, found)
         return found
 
@@ -158,7 +158,7 @@ class QAT:
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
         leaves = []
         for key, leaf in flat:
-            path = _trace.parameter_path(self.plan.function, key, leaf)
+            path = _stage.parameter_path(self.plan.function, key, leaf)
             d = self.plan.quantized.get(path) if path is not None else None
             if path is not None and d is not None:
                 values = self._values(path, d, leaf, scales, shared.get(path))
