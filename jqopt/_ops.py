@@ -168,7 +168,8 @@ def _by_kernel(spec: InputFormat, kernel: kernels.Kernel, x: jax.Array, scale: j
     if described.global_scale:
         found = scale if spec.static else _numerics.scale_from_amax(_numerics.amax_of(x, (-2, -1)), spec.format)
         assert found is not None, spec
-        whole = jnp.broadcast_to(found.astype(jnp.float32), x.shape[:-2])
+        # products give quantized operands no gradient, and a kernel refuses to be asked for one
+        whole = lax.stop_gradient(jnp.broadcast_to(found.astype(jnp.float32), x.shape[:-2]))
 
     def quantize(x: jax.Array, whole: jax.Array | None) -> Any:
         return kernel.run(x, spec=described, way=kernels.Way(keep_nan=True), scale=whole)

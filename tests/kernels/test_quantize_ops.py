@@ -340,3 +340,14 @@ def test_every_op_lowers_for_cuda():
         (lambda x: jax.lax.scan(lambda c, a: (c, quantize(a)), None, x), [(3, 5, 48)]),
     ):  # fmt: skip
         assert cuda_text(function, *shapes).count(CALL) == 1
+
+
+def test_lowers_inside_a_shard_map_that_checks():
+    """With check_vma=True, JAX's default, outputs say over which axes of the mesh they differ."""
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def part(x):
+        return quantize(x, packed=True).data
+
+    text = cuda_text(jax.shard_map(part, mesh=mesh, in_specs=P("a"), out_specs=P("a")), (8, 64))
+    assert text.count(CALL) == 1

@@ -64,3 +64,12 @@ def test_a_model_lowered_for_cuda_calls_it(backend):
     text = jax.jit(run).trace(qm.quant, x).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == (backend is None)
     assert "__gpu$xla.gpu.triton" not in jax.jit(jqopt.apply(qm.plan)).lower(qm.quant, x).as_text()
+    grad = jax.jit(jax.grad(lambda x: run(qm.quant, x).sum())).trace(x).lower(lowering_platforms=("cuda",))
+    assert "dot_general" in grad.as_text()  # straight through
+
+
+def test_a_gradient_of_a_static_scale_is_none():
+    spec, x = SPECS["nvfp4_static"], jnp.ones((2, 32), jnp.float32)
+    kernel = _ops.quantizer(x, spec, None, CUDA)
+    grad = jax.grad(lambda scale: _ops._encoded(spec, kernel, x, scale)[0].global_scale)(jnp.float32(0.5))
+    assert grad == 0
