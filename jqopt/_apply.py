@@ -247,7 +247,7 @@ class Executor(Sited):
         self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool
     ) -> _ops.Activation:
         if spec is None or codes:
-            return _ops.activation(rows, spec, scale, codes)
+            return _ops.activation(rows, spec, scale, codes, self.backend, self.device)
         return _ops.Activation(self.quantized_input(rows, spec, scale))
 
     def quantized_input(self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None) -> jax.Array:

@@ -109,24 +109,75 @@ class Activation(NamedTuple):
     lost: jax.Array | None = None
 
 
-def activation(x: jax.Array, spec: InputFormat | None, scale: jax.Array | None, codes: bool) -> Activation:
+def activation(
+    x: jax.Array,
+    spec: InputFormat | None,
+    scale: jax.Array | None,
+    codes: bool,
+    backend: str | None = None,
+    device: str | None = None,
+) -> Activation:
     """Quantizes activations [*stack, m, k] to codes, or to the values they stand for; `spec` None: not at all."""
     if spec is None:
         return Activation(x)
     if not codes:
         return Activation(quantize_input(x, spec, scale))
-    return Activation(x, *_encoded(spec, lax.stop_gradient(x), scale))
+    return Activation(x, *_encoded(spec, quantizer(x, spec, backend, device), lax.stop_gradient(x), scale))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encoded(spec: InputFormat, x: jax.Array, scale: jax.Array | None) -> tuple[kernels.Packed, jax.Array | None]:
-    codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+def quantizer(x: jax.Array, spec: InputFormat, backend: str | None, device: str | None) -> kernels.Kernel | None:
+    """The kernel that makes the codes of activations [*stack, m, k], with the bits of `_numerics`; None: that itself.
+
+    Only where scales are found from rows or blocks: under one scale for the tensor rounding is elementwise, and XLA
+    fuses it into what made x. And not with several devices in this process: XLA cannot partition a kernel, and would
+    gather what it reads.
+    """
+    plain = len(spec.format.ranges) == 1 and spec.format.then is None and spec.granularity != "tensor"
+    if backend not in (None, "pallas") or not plain or not all(isinstance(size, int) for size in x.shape):
+        return None
+    if device is None and jax.device_count() > 1:
+        return None
+    try:
+        shapes, described = kernels.Shapes(x.shape[-2], 0, x.shape[-1]), operand(spec.format, _rows(spec))
+        return kernels.find("quantize", FLOAT, described, device or kernels.here(), shapes, backend="pallas")
+    except kernels.NoKernelError:
+        return None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encoded(
+    spec: InputFormat, kernel: kernels.Kernel | None, x: jax.Array, scale: jax.Array | None
+) -> tuple[kernels.Packed, jax.Array | None]:
+    if kernel is not None:
+        codes = _by_kernel(spec, kernel, x, scale)
+    else:
+        codes = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
     if spec.format.element.nan is not None:
+        if kernel is not None:  # which gives NaN its code
+            return codes, None
         nan = jnp.asarray(spec.format.element.nan, codes.data.dtype)
-        return kernels.Packed(*codes._replace(data=jnp.where(jnp.isnan(x), nan, codes.data))), None
+        return codes._replace(data=jnp.where(jnp.isnan(x), nan, codes.data)), None
     if not spec.static and spec.granularity != "block":  # the scale, found from the row or the tensor, is NaN itself
-        return kernels.Packed(*codes), None
-    return kernels.Packed(*codes), jnp.sum(jnp.where(x != x, jnp.float32(jnp.nan), 0), axis=-1, keepdims=True)
+        return codes, None
+    return codes, jnp.sum(jnp.where(x != x, jnp.float32(jnp.nan), 0), axis=-1, keepdims=True)
+
+
+def _by_kernel(spec: InputFormat, kernel: kernels.Kernel, x: jax.Array, scale: jax.Array | None) -> kernels.Packed:
+    described = operand(spec.format, _rows(spec))
+    whole = None
+    if described.global_scale:
+        found = scale if spec.static else _numerics.scale_from_amax(_numerics.amax_of(x, (-2, -1)), spec.format)
+        assert found is not None, spec
+        # products give quantized operands no gradient, and a kernel refuses to be asked for one
+        whole = lax.stop_gradient(jnp.broadcast_to(found.astype(jnp.float32), x.shape[:-2]))
+
+    def quantize(x: jax.Array, whole: jax.Array | None) -> Any:
+        return kernel.run(x, spec=described, way=kernels.Way(keep_nan=True), scale=whole)
+
+    run: Any = quantize
+    for _ in range(x.ndim - 2):
+        run = jax.vmap(run)
+    return run(x, whole)
 
 
 def matmul(

@@ -2,6 +2,7 @@
 
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
+from .quantize_way import Random, Way
 from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "NoKernelError",
     "Operand",
     "Packed",
+    "Random",
     "Shapes",
+    "Way",
     "explain",
     "find",
     "here",
