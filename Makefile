@@ -29,7 +29,7 @@ clients: $(CLIENTS)/.ready  ## exports and decoders beside transformers, compres
 	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) -q -m clients tests/export tests/hf
 
 cuda: $(CUDA)/.ready  ## Triton kernels without a GPU: interpreted, compiled and lowered, in .venv-cuda
-	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m cuda tests/kernels
+	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m "cuda and not long" tests/kernels
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -114,7 +115,8 @@ MORE = OPERANDS | {
 }
 # (kernel, lhs, rhs, dtype of a float lhs, rows): each kernel at each end of its rows, with each kind of operand
 COMPILED = [
-    *[("triton_gemv", "float", w, "bfloat16", m) for w in ("nvfp4", "int8") for m in (1, 4)],
+    *[("triton_gemv", "float", "nvfp4", "bfloat16", m) for m in (1, 4)],
+    ("triton_gemv", "float", "int8", "bfloat16", 1),
     ("triton_gemv", "float", "int4_g128", "float32", 4),
     *[("triton_skinny", "float", "nvfp4", "bfloat16", m) for m in (16, 64)],
     ("triton_skinny", "float", "nvfp4", "float32", 64),
@@ -125,7 +127,6 @@ COMPILED = [
     ("triton_gemm", "float", "int8", "float32", 256),
     ("triton_gemm", "float", "int4_g128", "bfloat16", 256),
     ("triton_gemm", "nvfp4", "nvfp4", None, 256),
-    ("triton_gemm", "fp8_channel", "nvfp4", None, 256),
     *[("triton_fp8_block", "fp8_1x128", "fp8_128", None, m) for m in (16, 256)],
 ]
 TENSOR_CORES = {90: "[HQ]GMMA", 100: "UTC[HQ]MMA", 120: "[HQ]MMA"}
@@ -141,10 +142,41 @@ def is_weight_bound(name: str, m: int) -> bool:
 @pytest.mark.parametrize("capability", _tiles.CAPABILITIES)
 @pytest.mark.parametrize(("name", "lhs", "rhs", "dtype", "m"), COMPILED)
 def test_shipped_tiles_compile_without_spilling(name, lhs, rhs, dtype, m, capability):
+    compiles_well(name, lhs, rhs, dtype, m, capability)
+
+
+@cuda
+@pytest.mark.long
+@pytest.mark.parametrize("capability", _tiles.CAPABILITIES)
+@pytest.mark.parametrize("name", triton_dot.LAUNCHES)
+def test_every_shipped_tile_compiles_without_spilling(name, capability):
+    """Each tile that a file holds, with the operands that ask most of it."""
+    formats = {"w4": ("nvfp4", "int4_g128"), "w8": ("mxfp8", "fp8_128")}
+    floats = {"x16": "bfloat16", "x32": "float32"}
+    seen = set()
+    for key, tile in json.loads((_tiles.FOLDER / f"sm_{capability}.json").read_text())["tiles"][name].items():
+        weight, x, rows = key.split()
+        m = 4096 if rows == "many" else int(rows[1:])
+        for rhs in formats[weight] if x == "x16" else formats[weight][:1]:
+            lhs = "float" if x in floats else {"w4": "nvfp4", "w8": "mxfp8"}[weight]
+            if name == "triton_fp8_block":
+                lhs, rhs = "fp8_1x128", "fp8_128"
+            one = (lhs, rhs, x, str(tile), name == "triton_gemv" and m)
+            if one not in seen:
+                compiles_well(name, lhs, rhs, floats.get(x), m, capability)
+            seen.add(one)
+    assert len(seen) > 2
+
+
+def compiles_well(name: str, lhs: str, rhs: str, dtype: str | None, m: int, capability: int) -> None:
     shapes = Shapes(m, 4096, 4096)
     launch = tools.launch(name, MORE[lhs], MORE[rhs], shapes, capability, dtype=jnp.dtype(dtype or "float32"))
     made = tools.compiled(launch, capability)
-    assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0
+    assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0, (
+        launch.constants,
+        made.registers,
+        made.stack,
+    )
     assert made.registers * 32 * launch.warps <= 65536 and made.registers <= REGISTERS
     assert made.shared <= SHARED[capability]
     if name != "triton_gemv":
@@ -166,11 +198,15 @@ def test_hardware_decodes_e4m3():
 @cuda
 @pytest.mark.parametrize("name", ["triton_gemv", "triton_skinny"])
 def test_offsets_beyond_int32(name):
-    """Weights of 2^33 bytes: a row's number is widened before it is multiplied by the row's length."""
-    shapes = Shapes(1, 1 << 18, 1 << 16)
-    made = tools.compiled(tools.launch(name, FLOAT, OPERANDS["nvfp4"], shapes, 90), 90)
-    assert "mul.wide" in made.ptx or "shl.b64" in made.ptx or "mad.wide" in made.ptx
-    assert "mul.lo.s32" not in made.ptx.split("ld.global")[0] or "cvt.s64.s32" in made.ptx
+    """A weight of 2^33 bytes: whatever is as long as a row multiplies row numbers as int64 and never as int32."""
+    n, k = 1 << 18, 1 << 16
+    launch = tools.launch(name, FLOAT, OPERANDS["nvfp4"], Shapes(2, n, k), 90)
+    ttir = tools.compiled(launch, 90).ttir
+    lengths = {"weight": k // 2, "scales": k // 16, "result": n}
+    for what, length in lengths.items():
+        assert re.search(rf"dense<{length}> : tensor<[0-9x]*i64>|constant {length} : i64", ttir), what
+    for length in (k, k // 2, k // 16):
+        assert not re.search(rf"dense<{length}> : tensor<[0-9x]*i32>", ttir), length
 
 
 # ---- lowering for CUDA from the CPU

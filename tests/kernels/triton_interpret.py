@@ -94,7 +94,7 @@ def job(what: dict) -> dict:
     return {
         "shape": list(y.shape),
         "bound": float(np.max(error / np.maximum(c.bound, 1e-300))),
-        "relative": float(error.max() / np.abs(c.y).max()),
+        "relative": float(error.max() / max(np.abs(c.y).max(), 1e-300)),
         "nan_rows": np.nonzero(np.isnan(y).any(0))[0].tolist(),
     }
 

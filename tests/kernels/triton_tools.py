@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqopt_kernels import Operand, Packed, Shapes, triton_dot
+from jqopt_kernels._tiles import Tile
 from jqopt_kernels.triton_call import Launch
 from tests.kernels.cases import BITS, scale_shape
 
@@ -34,12 +35,21 @@ def abstract(spec: Operand, rows: int, k: int, *, is_packed: bool, dtype=jnp.bfl
     )
 
 
-def launch(name: str, lhs: Operand, rhs: Operand, shapes: Shapes, capability: int, *, dtype=jnp.bfloat16) -> Launch:
+def launch(
+    name: str,
+    lhs: Operand,
+    rhs: Operand,
+    shapes: Shapes,
+    capability: int,
+    *,
+    dtype=jnp.bfloat16,
+    tile: Tile | None = None,
+) -> Launch:
     """The launch of a product, its operands as shapes."""
     kept: list[Launch] = []
 
     def trace(x, w):
-        kept.append(triton_dot.LAUNCHES[name](x, w, lhs, rhs, shapes, jnp.float32, capability)[0])
+        kept.append(triton_dot.LAUNCHES[name](x, w, lhs, rhs, shapes, jnp.float32, capability, tile=tile)[0])
         return [o for o in kept[0].operands if not isinstance(o, int)]
 
     x = abstract(lhs, shapes.m, shapes.k, is_packed=False, dtype=dtype)
@@ -53,6 +63,7 @@ class Compiled(NamedTuple):
     registers: int
     stack: int
     shared: int
+    ttir: str
     ptx: str
     sass: str
 
@@ -77,7 +88,7 @@ def compiled(one: Launch, capability: int) -> Compiled:
     out = triton.compile(source, target=backend.GPUTarget("cuda", capability, 32), options=options)
     usage, sass = _dump(out.asm["cubin"])
     registers, stack = (int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return Compiled(registers, stack, out.metadata.shared, out.asm["ptx"], sass)
+    return Compiled(registers, stack, out.metadata.shared, out.asm["ttir"], out.asm["ptx"], sass)
 
 
 @functools.cache
