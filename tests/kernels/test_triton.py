@@ -20,6 +20,7 @@ import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Shapes, _tiles, triton_dot
 from tests.kernels import triton_tools as tools
 from tests.kernels.cases import FLOAT, OPERANDS, PAIRS
+from tests.kernels.triton_aot import cuda_folder
 
 HOPPER = "cuda:90"
 cuda = pytest.mark.cuda
@@ -38,9 +39,16 @@ def no_tuned_tiles(tmp_path_factory):
 
 def interpreted(jobs: list[dict]) -> list[dict]:
     """What `triton_interpret` says of each job, in a process of its own."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "tests.kernels.triton_interpret"]
-    done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=False)
+    return subprocess_json("tests.kernels.triton_interpret", json.dumps(jobs), TRITON_INTERPRET="1")
+
+
+def subprocess_json(module: str, text: str, **variables: str):
+    """What a module prints, run as a program in a process of its own with this one's imports and no GPU."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | variables
+    done = subprocess.run(
+        [sys.executable, "-m", module], input=text, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -302,3 +310,14 @@ def test_in_a_quantized_model_with_scanned_layers(recipe, calls):
 
 
 INPUTS = {"nvfp4_mlp_weight_only": {}, "nvfp4": {"input": "nvfp4"}}
+
+
+@cuda
+def test_compiled_by_xla_no_weight_is_decoded_to_memory(tmp_path):
+    """XLA's own GPU compiler, for Hopper: the default choice is two Triton calls a layer, and less memory beside
+    arguments and results than one decoded weight would take (512 x 1024 bfloat16)."""
+    folder = cuda_folder(tmp_path)
+    flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
+    facts = subprocess_json("tests.kernels.triton_aot", "", XLA_FLAGS=flags)
+    assert facts["calls"].count("triton_kernel_call") == 2
+    assert facts["temporary"] < 512 * 1024 * 2
