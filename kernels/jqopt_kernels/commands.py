@@ -54,6 +54,8 @@ def _list(asked: argparse.Namespace) -> None:
     for kernel in KERNELS:
         if kernel.op == "qdot":
             print(f"  {kernel.name:<18} {kernel.backend:<10} {reasons[kernel.name] or 'can'}")
+    for op in sorted({k.op for k in KERNELS} - {"qdot"}):
+        print(f"{op}: {', '.join(k.name for k in KERNELS if k.op == op)}")
 
 
 def _tune(asked: argparse.Namespace) -> None:

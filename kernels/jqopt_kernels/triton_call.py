@@ -38,7 +38,7 @@ def missing() -> str | None:
     try:
         importlib.import_module("triton")
         jax_triton = importlib.import_module("jax_triton")
-    except ImportError as error:
+    except Exception as error:  # ImportError, and whatever a version that fits another JAX raises
         return f"jax-triton cannot be imported ({error}); {NEEDED}"
     return None if hasattr(jax_triton, "triton_call") else f"this jax_triton has no triton_call; {NEEDED}"
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import jqopt_kernels as kernels
-from jqopt_kernels import Operand, Shapes, _tiles, commands, triton_call, triton_dot, tune
+from jqopt_kernels import Operand, Shapes, _tiles, commands, reference, triton_call, triton_dot, tune
 from jqopt_kernels._tiles import Tile
 from tests.kernels.cases import FLOAT, OPERANDS
 
@@ -78,6 +78,15 @@ def test_the_search_ends_at_the_best_and_counts_failures():
     found, time, tried, failed = tune.descend(Tile(64, 512, 4, 4), seconds)
     assert (found.bn, found.bk, found.warps, time) == (16, 128, 4, 2)  # 3 stages are not half or twice of any
     assert 10 < tried < 60 and failed > 0
+
+
+@pytest.mark.parametrize("name", commands.FORMATS)
+def test_what_is_timed_is_a_product_of_finite_numbers(name, monkeypatch):
+    monkeypatch.setattr(tune, "CACHE_BYTES", 1 << 10)
+    spec = commands.FORMATS[name]
+    x, weights = tune._operands(spec, Shapes(2, 8, 256))
+    y = reference.qdot(x, weights[0], lhs_spec=FLOAT, rhs_spec=spec, n=8, k=256)
+    assert len(weights) == 2 and bool(jnp.isfinite(y).all()) and float(jnp.abs(y).max()) > 0
 
 
 def test_tuning_needs_a_gpu(capsys):

@@ -4,7 +4,6 @@ All but the first part needs the packages of `make cuda`.
 """
 
 import functools
-import itertools
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import pytest
 
 import jqopt
 import jqopt_kernels as kernels
-from jqopt_kernels import Operand, Shapes, _tiles, triton_dot
+from jqopt_kernels import Operand, Shapes, _tiles, triton_call, triton_dot
 from tests.kernels import triton_tools as tools
 from tests.kernels.cases import FLOAT, OPERANDS, PAIRS
 from tests.kernels.triton_aot import cuda_folder
@@ -27,10 +26,12 @@ cuda = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_tuned_tiles(tmp_path_factory):
-    """Shipped tiles only, whatever this machine's user has tuned."""
+def fresh_caches(tmp_path_factory):
+    """Shipped tiles only, whatever this machine's user has tuned; and a folder for Triton, which jax-triton unsets."""
+    assert triton_call.missing() is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
 
 
@@ -62,21 +63,21 @@ def claimed(name: str, pair: str, shape: tuple[int, int, int]) -> bool:
 # less than a tile and than a block; a rest in every direction; whole blocks of k with a rest; several parts of k
 ODD = {
     "triton_gemv": [(1, 70, 40), (3, 9, 513), (4, 33, 7), (2, 16, 1024)],
-    "triton_skinny": [(1, 70, 40), (17, 66, 1061), (5, 1, 7), (33, 130, 288)],
-    "triton_gemm": [(65, 130, 70), (17, 129, 288)],
-    "triton_fp8_block": [(1, 70, 40), (65, 130, 300)],
+    "triton_skinny": [(1, 70, 40), (17, 66, 1061), (5, 1, 7), (33, 66, 288)],
+    "triton_gemm": [(65, 70, 72), (17, 130, 135)],
+    "triton_fp8_block": [(1, 70, 40), (65, 130, 300), (5, 1, 7)],
 }
 
 
 @cuda
 @pytest.mark.parametrize("name", ODD)
 def test_numbers_in_the_interpreter(name):
-    jobs = [
+    jobs = [  # two shapes a pair, the next pair the others
         {"kernel": name, "pair": pair, "shape": shape}
-        for pair, shape in itertools.product(PAIRS, ODD[name])
-        if claimed(name, pair, shape)
+        for i, pair in enumerate(p for p in PAIRS if claimed(name, p, ODD[name][0]))
+        for shape in ODD[name][i % 2 :: 2]
     ]
-    assert len(jobs) > 1
+    assert len(jobs) > 2 or name == "triton_fp8_block"
     for job, found in zip(jobs, interpreted(jobs), strict=True):
         m, n, _ = job["shape"]
         assert found["shape"] == [m, n], job
@@ -210,7 +211,7 @@ def test_offsets_beyond_int32(name):
     n, k = 1 << 18, 1 << 16
     launch = tools.launch(name, FLOAT, OPERANDS["nvfp4"], Shapes(2, n, k), 90)
     ttir = tools.compiled(launch, 90).ttir
-    lengths = {"weight": k // 2, "scales": k // 16, "result": n}
+    lengths = {"weight": k // 2, "scales": k // 16} | ({} if name == "triton_gemv" else {"result": n})
     for what, length in lengths.items():
         assert re.search(rf"dense<{length}> : tensor<[0-9x]*i64>|constant {length} : i64", ttir), what
     for length in (k, k // 2, k // 16):
@@ -235,6 +236,7 @@ def bound(name: str, lhs: Operand, rhs: Operand, shapes: Shapes, **more):
 LOWERED = [
     ("triton_gemv", "float", "nvfp4", 2),
     ("triton_skinny", "nvfp4", "nvfp4", 16),
+    ("triton_skinny", "float", "nvfp4", 1),  # jax-triton makes an argument that is 1 a constant
     ("triton_gemm", "float", "int4_g128", 100),
     ("triton_fp8_block", "fp8_1x128", "fp8_128", 3),
     ("triton_gemm_large", "float", "mxfp8", 1500),
