@@ -22,7 +22,7 @@ FOLDER = pathlib.Path(__file__).parent / "configs"
 class Tile(NamedTuple):
     """bn rows of the weight x bm rows of the activation x bk columns at a time.
 
-    split: parts that k is cut into, 0 for as many as give `programs` programs. halves: see `triton_code.product`.
+    split: parts that k is cut into, 0 for as many as `programs` programs allow. halves: see `triton_code.product`.
     group: tiles of weights whose activations are gone through before the next ones.
     """
 

@@ -198,12 +198,13 @@ def dot_launch(
 
 
 def _split(tile: Tile, tiles: int, k: int, bk: int) -> int:
-    """Parts of k: as the tile says, or a power of two that gives enough programs of at least four steps."""
-    split = tile.split
-    if split == 0:
-        split = 1
-        while tiles * split < tile.programs and split * 2 * 4 * bk <= k:
-            split *= 2
+    """Parts of k: as the tile says, or the most (a power of two) that stay within `programs` programs of four steps.
+
+    Each part writes float32 sums, which are read once more: with many rows, as many bytes as the weight itself.
+    """
+    split = tile.split or 1
+    while tile.split == 0 and tiles * split * 2 <= tile.programs and split * 2 * 4 * bk <= k:
+        split *= 2
     return split
 
 

@@ -86,6 +86,21 @@ def test_numbers_in_the_interpreter(name):
 
 
 @cuda
+def test_mixed_formats_in_the_interpreter():
+    """W4A8 and what else a kernel decodes on both sides; scales that vary along k on one side only."""
+    mixed = {
+        "fp8_channel x nvfp4": "triton_skinny",
+        "int8 x nvfp4": "triton_gemm",
+        "mxfp8 x mxfp8": "triton_skinny",
+        "nvfp4 x int4": "triton_skinny",
+        "fp8_channel x fp8_block": "triton_fp8_block",
+        "fp8_rows x fp8_channel": "triton_fp8_block",
+    }
+    jobs = [{"kernel": name, "pair": pair, "shape": (5, 70, 135)} for pair, name in mixed.items()]
+    assert all(found["bound"] <= 1 and found["relative"] <= 1e-5 for found in interpreted(jobs))
+
+
+@cuda
 def test_half_precision_activations_lose_nothing():
     """Cut into as many bfloat16 numbers as their type needs: 1 or 2."""
     jobs = [

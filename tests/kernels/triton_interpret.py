@@ -78,11 +78,15 @@ def run(name: str, c, capability: int = 90) -> np.ndarray:
 
 
 def job(what: dict) -> dict:
-    """{"kernel", "pair", "shape": [m, n, k], "dtype"} -> largest error over the bound and over the largest value."""
+    """{"kernel", "pair", "shape": [m, n, k], "dtype"} -> largest error over the bound and over the largest value.
+
+    pair: one of `cases.PAIRS`, or two names of operands with " x " between them.
+    """
     import jax.numpy as jnp
 
-    from tests.kernels.cases import case
+    from tests.kernels.cases import PAIRS, case
 
+    PAIRS.setdefault(what["pair"], tuple(what["pair"].split(" x ")))  # in a process of its own
     c = case(what["pair"], *what["shape"], float_dtype=jnp.dtype(what.get("dtype", "float32")))
     if "broken" in what:  # a byte of the weight's codes or scales, by row and column
         field, row, column, byte = what["broken"]
