@@ -288,16 +288,8 @@ def _on(name: str, device: str | None) -> Callable[..., jax.Array]:
 
 
 def _kernel(name: str, supports: Callable, row: str | None = None) -> Kernel:
-    return Kernel(
-        row or name,
-        "qdot",
-        supports,
-        as_is,
-        _on(name, None),
-        name != "triton_gemv",
-        "triton",
-        functools.partial(_on, name),
-    )
+    codes = name != "triton_gemv"
+    return Kernel(row or name, "qdot", supports, as_is, _on(name, None), codes, "triton", functools.partial(_on, name))
 
 
 triton_gemv = _kernel("triton_gemv", _gemv_supports)
