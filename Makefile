@@ -6,10 +6,11 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 CLIENTS := .venv-clients
+CUDA    := .venv-cuda
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thirdparty clients lint check bench fmt clean
+.PHONY: help demo test thirdparty clients cuda lint check bench fmt clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ thirdparty: $(READY)  ## models that others wrote, installed beside the environm
 clients: $(CLIENTS)/.ready  ## exports and decoders beside transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
 	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) -q -m clients tests/export tests/hf
 
+cuda: $(CUDA)/.ready  ## Triton kernels without a GPU: interpreted, compiled and lowered, in .venv-cuda
+	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m "cuda and not long" tests/kernels
+
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
@@ -42,7 +46,7 @@ fmt: $(READY)  ## format, and mend what the linter can mend
 	@$(BIN)/ruff check --fix --quiet .
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(CUDA) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is older than pyproject.toml when the dependencies may have changed.
 $(READY): pyproject.toml
@@ -58,4 +62,12 @@ $(CLIENTS)/.ready: pyproject.toml tests/export/requirements-torch.txt tests/expo
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-torch.txt
 	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-clients.txt --editable '.[hf]'
+	@touch $@
+
+# Without their dependencies: the plugins need no CUDA libraries to lower and compile for a GPU.
+$(CUDA)/.ready: pyproject.toml tests/kernels/requirements-triton.txt tests/kernels/requirements-plugins.txt
+	@echo "making $(CUDA) (once; Triton and the plugins are large)"
+	@$(PYTHON) -m venv $(CUDA)
+	@$(CUDA)/bin/python -m pip install --quiet --editable '.[dev]' -r tests/kernels/requirements-triton.txt
+	@$(CUDA)/bin/python -m pip install --quiet --no-deps -r tests/kernels/requirements-plugins.txt
 	@touch $@

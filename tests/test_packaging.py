@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Where each import package lives in the repository and in the wheel.
 HOMES = {"jqopt": "jqopt", "kernels/jqopt_kernels": "jqopt_kernels", "recipes": "jqopt/recipes"}
 INFO = f"jqopt-{jqopt.__version__}.dist-info/"
-SHIPPED = {".py", ".yaml", ".typed", ".html"}
+SHIPPED = {".py", ".yaml", ".typed", ".html", ".json"}
 
 
 def run(*command: object, cwd: pathlib.Path) -> str:
@@ -49,7 +49,7 @@ def expected_files() -> set[str]:
 def built(tmp_path_factory) -> pathlib.Path:
     """A folder with the sdist, and the wheel that was built from that sdist."""
     work = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".venv*", ".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, work / "source", ignore=ignored)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist", cwd=work / "source")
     return work / "dist"

@@ -61,6 +61,8 @@ class Kernel(NamedTuple):
     low_precision: it multiplies the codes of a quantized lhs themselves. Any other kernel decodes them first, so that
         a caller who has the values at hand may as well pass those, as a float lhs.
     backend: the family it belongs to, by which callers may ask for it: xla, triton, pallas, ffi or reference.
+    on(device) -> run for one device, where it depends on it; the same function each time. `table.find` calls it; a
+        `run` that was not bound so is for this process's default device.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Kernel(NamedTuple):
     run: Callable[..., jax.Array]
     low_precision: bool = False
     backend: str = "xla"
+    on: Callable[[str], Callable[..., jax.Array]] | None = None
 
 
 def as_is(packed: Packed) -> Packed:

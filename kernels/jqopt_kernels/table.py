@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._types import Kernel, Operand, Shapes
 from .quantize_table import QUANTIZERS
 from .reference import reference
+from .triton_dot import triton_fp8_block, triton_gemm, triton_gemm_large, triton_gemv, triton_skinny
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
@@ -14,9 +15,14 @@ KERNELS: tuple[Kernel, ...] = (
     xla_int8_row,
     xla_fp8,
     xla_fp8_dot,
+    triton_fp8_block,
+    triton_gemv,
+    triton_skinny,
+    triton_gemm,
     xla_tiled_bf16,
     xla_tiled,
     xla_decode,
+    triton_gemm_large,
     reference,
     *QUANTIZERS,
 )
@@ -63,7 +69,7 @@ def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backe
     for kernel in candidates:
         why = kernel.supports(lhs, rhs, device, shapes)
         if why is None:
-            return kernel
+            return kernel if kernel.on is None else kernel._replace(run=kernel.on(device))
         refusals.append(KernelRefusal(kernel.name, why))
     raise NoKernelError(_refusal(op, lhs, rhs, device, shapes, refusals), refusals)
 

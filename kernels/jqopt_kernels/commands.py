@@ -1,0 +1,68 @@
+"""The command `jqopt-kernels`: lists kernels, and tunes the Triton ones on the GPU at hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import tune
+from ._device import here
+from ._types import Operand, Shapes
+from .table import KERNELS, explain
+
+FORMATS = {
+    "nvfp4": Operand("e2m1", 16, "e4m3", "block", global_scale=True),
+    "mxfp4": Operand("e2m1", 32, "e8m0", "block"),
+    "mxfp8": Operand("e4m3", 32, "e8m0", "block"),
+    "fp8": Operand("e4m3", None, "float32", "channel"),
+    "fp8_block": Operand("e4m3", (128, 128), "float32", "block"),
+    "int8": Operand("int8", None, "float32", "channel"),
+    "int4": Operand("int4", 128, "float32", "block"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 1 after an error, which it prints."""
+    asked = _parser().parse_args(arguments)
+    try:
+        asked.run(asked)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jqopt-kernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    table = commands.add_parser("list", help="the kernels in order of preference, and which take a product and why not")
+    table.add_argument("--device", default=None, help='such as "cuda:90" or "cpu"; default: this machine\'s')
+    search = commands.add_parser("tune", help="search tiles of the Triton kernels on this machine's GPU")
+    search.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256], help="rows of the activation")
+    for one, run in ((table, _list), (search, _tune)):
+        one.add_argument("--weight", default="nvfp4", choices=sorted(FORMATS), help="format of the weight")
+        one.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"), help="of the weight")
+        one.set_defaults(run=run)
+    table.add_argument("--m", type=int, default=1, help="rows of the activation")
+    return parser
+
+
+def _list(asked: argparse.Namespace) -> None:
+    shapes, device = Shapes(asked.m, *asked.shape), asked.device or here()
+    print(f"qdot of float x {asked.weight} on {device}, m={shapes.m} n={shapes.n} k={shapes.k}")
+    reasons = dict(explain("qdot", Operand("float"), FORMATS[asked.weight], device, shapes))
+    for kernel in KERNELS:
+        if kernel.op == "qdot":
+            print(f"  {kernel.name:<18} {kernel.backend:<10} {reasons[kernel.name] or 'can'}")
+    for op in sorted({k.op for k in KERNELS} - {"qdot"}):
+        print(f"{op}: {', '.join(k.name for k in KERNELS if k.op == op)}")
+
+
+def _tune(asked: argparse.Namespace) -> None:
+    device = tune.gpu()
+    for m in asked.rows:
+        found = tune.search(FORMATS[asked.weight], Shapes(m, *asked.shape), device)
+        path = tune.keep(found, device)
+        for result in found:
+            print(f"{result.kernel} {result.key}: {result.microseconds:.1f} us {result.tile}")
+        print(f"written to {path}")

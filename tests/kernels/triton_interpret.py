@@ -1,0 +1,108 @@
+"""Runs launches in Triton's interpreter, on numpy alone; a process of its own, since a switch is set before the import.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.triton_interpret < jobs.json > errors.json
+
+The interpreter gets two things wrong, and the kernels are told (WIDE) or the cases chosen so that neither matters: its
+bfloat16 dot reads bits as integers, so that dots are done in float32 here; and its e4m3 has no NaN and its
+e5m2 no subnormals (the kernels read e5m2 as the upper half of a float16).
+"""
+
+import json
+import sys
+import warnings
+
+import numpy as np
+
+
+class Array:
+    """As much of a tensor as the interpreter asks for: an address, a type by name, copies to and from a device."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype, self.shape = array, array.dtype.name, array.shape
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "Array":
+        return self
+
+    def cpu(self) -> "Array":
+        return self
+
+    def copy_(self, other: "Array") -> None:
+        assert other.array is self.array
+
+    def new_empty(self, *_, **__) -> "Array":
+        return Array(self.array)
+
+    def set_(self, *_) -> "Array":
+        return self
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+
+def interpret(launch) -> np.ndarray:
+    """What a launch writes; what it doesn't write is NaN."""
+    from jqopt_kernels import triton_code
+
+    assert launch.out.dtype == np.float32
+    out = np.full(launch.out.shape, np.nan, np.float32)
+    operands = [o if isinstance(o, int) else Array(np.array(o)) for o in launch.operands]
+    constants = launch.constants | ({"WIDE": True} if "WIDE" in launch.constants else {})
+    getattr(triton_code, launch.kernel)[launch.grid](*operands, Array(out), **constants)
+    return out
+
+
+def run(name: str, c, capability: int = 90) -> np.ndarray:
+    """One `cases.Case` by the kernel of that name."""
+    import jax.numpy as jnp
+
+    from jqopt_kernels import Shapes, triton_dot
+
+    lhs_spec, rhs_spec, n, k = c.specs.values()
+    m = c.y.shape[0]
+    launch, after = triton_dot.LAUNCHES[name](
+        c.lhs, c.rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability
+    )
+    return np.asarray(after(jnp.asarray(interpret(launch))), np.float64)
+
+
+def job(what: dict) -> dict:
+    """{"kernel", "pair", "shape": [m, n, k], "dtype"} -> largest error over the bound and over the largest value.
+
+    pair: one of `cases.PAIRS`, or two names of operands with " x " between them.
+    """
+    import jax.numpy as jnp
+
+    from tests.kernels.cases import PAIRS, case
+
+    PAIRS.setdefault(what["pair"], tuple(what["pair"].split(" x ")))  # in a process of its own
+    c = case(what["pair"], *what["shape"], float_dtype=jnp.dtype(what.get("dtype", "float32")))
+    if "broken" in what:  # a byte of the weight's codes or scales, by row and column
+        field, row, column, byte = what["broken"]
+        arrays = c.rhs._asdict()
+        arrays[field] = arrays[field].at[row, column].set(byte)
+        c = c._replace(rhs=type(c.rhs)(**arrays))
+    y = run(what["kernel"], c)
+    error = np.abs(y - c.y)
+    return {
+        "shape": list(y.shape),
+        "bound": float(np.max(error / np.maximum(c.bound, 1e-300))),
+        "relative": float(error.max() / max(np.abs(c.y).max(), 1e-300)),
+        "nan_rows": np.nonzero(np.isnan(y).any(0))[0].tolist(),
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    json.dump([job(what) for what in json.load(sys.stdin)], sys.stdout)
