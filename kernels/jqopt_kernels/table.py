@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
+from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
 from .reference import reference
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_tiled import xla_tiled, xla_tiled_bf16
@@ -15,6 +16,9 @@ KERNELS: tuple[Kernel, ...] = (
     xla_fp8_dot,
     xla_tiled_bf16,
     xla_tiled,
+    pallas_gemv,
+    pallas_skinny,
+    pallas_gemm,
     xla_decode,
     reference,
 )

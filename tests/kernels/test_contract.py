@@ -14,6 +14,7 @@ from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, case, nf4
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
 DEVICES = ("cpu", "cuda")
+PALLAS = ("pallas_gemv", "pallas_skinny")
 
 
 def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
@@ -118,7 +119,7 @@ def test_out_dtype():
         assert_within(y.astype(jnp.float32), c.y, c.bound + 2.0**-8 * np.abs(c.y))
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode"])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", *PALLAS])
 def test_gradient_of_the_float_side(name):
     c = case("nvfp4", 3, 300, 40)
     w = np.asarray(reference.dequantize(c.rhs, c.specs["rhs_spec"], 300, 40), np.float64)
@@ -126,7 +127,7 @@ def test_gradient_of_the_float_side(name):
     np.testing.assert_allclose(grad, np.tile(w.sum(0), (3, 1)), rtol=0, atol=300 * 2.0**-22 * np.abs(w).sum(0).max())
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", "reference"])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", *PALLAS, "reference"])
 @pytest.mark.parametrize("element", ["e4m3", "e5m2"])
 def test_nan_codes_reach_the_result(name, element):
     c = case("fp8" if element == "e4m3" else "fp8_e5m2", 1, 4, 40)
