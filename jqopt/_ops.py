@@ -92,9 +92,9 @@ def takes_codes(
     """Will a product with m rows multiply the activation's codes, rather than the values they stand for?"""
     if spec is None or simulate or weight.format.then is not None:
         return False
-    if backend is not None:
-        return True
-    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, None, device).low_precision
+    if any(kernel.name == backend for kernel in kernels.KERNELS):
+        return True  # one kernel by name: it is run as it is
+    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, backend, device).low_precision
 
 
 class Activation(NamedTuple):
@@ -160,13 +160,13 @@ def _facts(weight: QTensor) -> Weight:
 
 
 MANY = 1 << 20
-"""Rows to choose a kernel by where their number is symbolic: those for many rows are right for every number."""
+"""Rows to choose a kernel by where their number is symbolic: XLA's for many rows are right for every number."""
 
 
 def _find(
     lhs: kernels.Operand, facts: Weight, m: int, backend: str | None, device: str | None = None
 ) -> kernels.Kernel:
-    rows = m if isinstance(m, int) else MANY
+    rows, backend = (m, backend) if isinstance(m, int) else (MANY, backend or "xla")  # others are compiled for sizes
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(rows, facts.n, facts.k)
     return kernels.find("qdot", lhs, rhs, device or kernels.here(), shapes, backend=backend)
 

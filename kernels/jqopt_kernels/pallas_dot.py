@@ -284,7 +284,7 @@ def _supports(least: int, most: int | None, rows: str, lhs: Operand, rhs: Operan
 
 def _kernel(name: str, body: Any, tile: Tile, least: int, most: int | None, rows: str) -> Kernel:
     supports = functools.partial(_supports, least, most, rows)
-    return Kernel(name, "qdot", supports, as_is, _one(body, name, tile), backend="pallas")
+    return Kernel(name, "qdot", supports, as_is, _one(body, name, tile), low_precision=True, backend="pallas")
 
 
 pallas_gemv = _kernel("pallas_gemv", _gemv, GEMV, 0, FEW, f"for up to {FEW} rows; more of them feed tensor cores")
