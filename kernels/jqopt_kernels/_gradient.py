@@ -49,3 +49,27 @@ def straight_through(product: Callable[..., jax.Array]) -> Callable[..., jax.Arr
         return run(lhs, rhs, lhs_spec, rhs_spec, n, k, jnp.dtype(out_dtype))
 
     return keyword
+
+
+def straight_through_groups(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """As `straight_through`, for grouped products: product(lhs, rhs, sizes, *, rhs_spec, n, k, out_dtype)."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+    def run(lhs, rhs, sizes, rhs_spec, n, k, out_dtype):
+        return product(lhs, rhs, sizes, rhs_spec=rhs_spec, n=n, k=k, out_dtype=out_dtype)
+
+    def forward(lhs, rhs, sizes, *static):
+        return run(lhs, rhs, sizes, *static), (rhs, sizes, jnp.zeros((0,), lhs.dtype))
+
+    def backward(rhs_spec, n, k, out_dtype, kept, g):
+        rhs, sizes, like = kept
+        w = jax.vmap(lambda packed: weight_values(packed, rhs_spec, n, k))(rhs)  # [e, n, k]
+        dx = lax.ragged_dot(g.astype(jnp.float32), w, sizes.astype(jnp.int32), precision="highest")
+        return dx.astype(like.dtype), None, None
+
+    run.defvjp(forward, backward)
+
+    def keyword(lhs, rhs, sizes, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32) -> Any:
+        return run(lhs, rhs, sizes, rhs_spec, n, k, jnp.dtype(out_dtype))
+
+    return keyword

@@ -76,19 +76,17 @@ def _rows_and_steps(plan: Plan) -> tuple[jax.Array, jax.Array, int]:
     return span(program_id(1) * tile.bn, tile.bn), program_id(2) * count, count
 
 
-def _x(ref: Any, plan: Plan, rows: Any, step: jax.Array) -> list[jax.Array]:
-    """x at each plane's positions of k: [bm, bk / planes], or [bk / planes] of one row."""
+def _x(ref: Any, plan: Plan, rows: Any, limit: Any, step: jax.Array) -> list[jax.Array]:
+    """x at each plane's positions of k: [bm, bk / planes], or [bk / planes] of one row; zero from row `limit` on."""
     planes, k, bk = plan.weight.planes, plan.weight.k, plan.tile.bk
     if plan.halves:
         column = span(step * (bk // planes), bk // planes)
-        mask = (rows < plan.m)[:, None] & (column < steps(k, planes))[None, :]
+        mask = (rows < limit)[:, None] & (column < steps(k, planes))[None, :]
         return [load(ref, (p, rows[:, None], column[None, :]), mask) for p in range(planes)]
     column = span(step * bk, bk)
     if jnp.ndim(rows) == 0:
         return _planes(load(ref, (rows, column), column < k), planes)
-    return _planes(
-        load(ref, (rows[:, None], column[None, :]), (rows < plan.m)[:, None] & (column < k)[None, :]), planes
-    )
+    return _planes(load(ref, (rows[:, None], column[None, :]), (rows < limit)[:, None] & (column < k)[None, :]), planes)
 
 
 def _planes(x: jax.Array, planes: int) -> list[jax.Array]:
@@ -110,7 +108,7 @@ def _gemv(*refs: Any, plan: Plan, present: tuple[bool, ...]) -> None:
     def step(i: jax.Array, sums: tuple) -> tuple:
         planes = tiles.numbers(arrays, weight, rows, first + i, tile.bk)
         scale = None if arrays.scale is None else tiles.scales(arrays, weight, rows, first + i, tile.bk)
-        xs = [_x(x_ref, plan, m, first + i) for m in range(plan.m)]
+        xs = [_x(x_ref, plan, m, plan.m, first + i) for m in range(plan.m)]
         return tuple(s + block_sums(planes, x, scale) for s, x in zip(sums, xs, strict=True))
 
     def block_sums(planes: list, xs: list, scale: Any) -> jax.Array:
@@ -126,27 +124,38 @@ def _gemv(*refs: Any, plan: Plan, present: tuple[bool, ...]) -> None:
 
 
 def _dot(*refs: Any, plan: Plan, present: tuple[bool, ...]) -> None:
-    """Planes of a decoded tile times the same positions of x, on tensor cores where x is bfloat16."""
+    """A tile of x times a tile of the weight, on tensor cores where x is bfloat16."""
     x_ref, arrays, left_scale, out = _refs(refs, present)
     rows, first, count = _rows_and_steps(plan)
-    weight, tile = plan.weight, plan.tile
-    x_rows, unit = span(program_id(0) * tile.bm, tile.bm), np.float32(_unit(weight))
+    x_rows = span(program_id(0) * plan.tile.bm, plan.tile.bm)
+    acc = accumulate(x_ref, arrays, left_scale, plan, (x_rows, plan.m), rows, (first, count))
+    keep = (x_rows < plan.m)[:, None] & (rows < plan.weight.n)[None, :]
+    store(out, (program_id(2), x_rows[:, None], rows[None, :]), acc, keep)
+
+
+def accumulate(
+    x_ref: Any, arrays: Arrays, left_scale: Any, plan: Plan, of: tuple, rows: jax.Array, over: tuple, lead: tuple = ()
+) -> jax.Array:
+    """f32 [bm, bn]: rows of x (`of`: positions, and where they end) times rows of a weight.
+
+    over: the first step of k, and how many (0 where there is nothing to do); lead: index of the weight's leading axes.
+    """
+    weight, tile, unit = plan.weight, plan.tile, np.float32(_unit(plan.weight))
+    (x_rows, limit), (first, count) = of, over
 
     def step(i: jax.Array, acc: jax.Array) -> jax.Array:
         decoded = tiles.numbers if arrays.scale is None or plan.after else tiles.scaled
-        ws = decoded(arrays, weight, rows, first + i, tile.bk)
-        total = functools.reduce(jnp.add, map(_product, _x(x_ref, plan, x_rows, first + i), ws))
+        ws = decoded(arrays, weight, rows, first + i, tile.bk, lead)
+        total = functools.reduce(jnp.add, map(_product, _x(x_ref, plan, x_rows, limit, first + i), ws))
         if plan.after:
-            total = total * unit * tiles.scales(arrays, weight, rows, first + i, tile.bk).reshape(1, tile.bn)
+            total = total * unit * tiles.scales(arrays, weight, rows, first + i, tile.bk, lead).reshape(1, tile.bn)
         if plan.left_block is not None:
             block = lax.div(first + i, np.int32(plan.left_block // tile.bk))
-            held = (x_rows < plan.m) & (block < steps(weight.k, plan.left_block))
+            held = (x_rows < limit) & (block < steps(weight.k, plan.left_block))
             total = total * load(left_scale, (x_rows, jnp.full_like(x_rows, block)), held)[:, None]
         return acc + total
 
-    acc = lax.fori_loop(0, count, step, jnp.zeros((tile.bm, tile.bn), jnp.float32))
-    keep = (x_rows < plan.m)[:, None] & (rows < weight.n)[None, :]
-    store(out, (program_id(2), x_rows[:, None], rows[None, :]), acc, keep)
+    return lax.fori_loop(0, count, step, jnp.zeros((tile.bm, tile.bn), jnp.float32))
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -201,8 +210,8 @@ def _one(body: Any, name: str, tile: Tile) -> Any:
             x, after = Left(_values(lhs, lhs_spec, k)), False
             fit = _narrowed(tile._replace(bm=m), weight, None)
         else:
-            x, after = _prepared(lhs, lhs_spec, rhs, weight)
-            fit = _fit(tile, x, weight, after, m)
+            x, after = prepared(lhs, lhs_spec, rhs, weight)
+            fit = tile_for(tile, x, weight, after, m)
         halves = tile is GEMM and weight.planes > 1
         if halves:
             x = x._replace(x=_in_halves(x.x, weight.planes))
@@ -227,7 +236,7 @@ def _values(lhs: Any, spec: Operand, k: int) -> jax.Array:
     return left(lhs, spec, k)[0] if isinstance(lhs, Packed) else lhs
 
 
-def _prepared(lhs: Any, spec: Operand, rhs: Packed, weight: Weight) -> tuple[Left, bool]:
+def prepared(lhs: Any, spec: Operand, rhs: Packed, weight: Weight) -> tuple[Left, bool]:
     """(left operand in the type to multiply in, whether block scales multiply products of blocks)."""
     after = weight.in_blocks and weight.spec.scale == "float32" and _multiplies(weight.block[1], weight)
     if not _codes_fit(rhs, weight.spec) or not (after or not weight.in_blocks or _scaled_fit(weight.spec)):
@@ -259,7 +268,8 @@ def _scaled_fit(spec: Operand) -> bool:
     return spec.scale == "e8m0" or fits_bf16(spec)
 
 
-def _fit(tile: Tile, x: Left, weight: Weight, after: bool, m: int) -> Tile:
+def tile_for(tile: Tile, x: Left, weight: Weight, after: bool, m: int) -> Tile:
+    """The tile of a product on tensor cores, or of one in float32, for this many rows and these blocks."""
     if x.x.dtype == jnp.float32:
         tile = EXACT
     inner = [b for b in (weight.block[1] if after else None, x.block) if b is not None]

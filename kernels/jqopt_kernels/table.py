@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
 from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
-from .reference import reference
+from .pallas_grouped import pallas_ragged
+from .reference import reference, reference_ragged
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
+from .xla_grouped import xla_ragged
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
@@ -21,6 +23,9 @@ KERNELS: tuple[Kernel, ...] = (
     pallas_gemm,
     xla_decode,
     reference,
+    pallas_ragged,
+    xla_ragged,
+    reference_ragged,
 )
 
 

@@ -21,7 +21,8 @@ def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     """The kernels that claim this product on any device. All of them run on CPU, fast or not."""
     lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
     shapes = kernels.Shapes(m, n, k)
-    return [x for x in kernels.KERNELS if any(x.supports(lhs, rhs, d, shapes) is None for d in DEVICES)]
+    qdots = [x for x in kernels.KERNELS if x.op == "qdot"]
+    return [x for x in qdots if any(x.supports(lhs, rhs, d, shapes) is None for d in DEVICES)]
 
 
 def checks() -> list:
@@ -35,7 +36,7 @@ def checks() -> list:
 
 
 def kernel_named(name: str) -> kernels.Kernel:
-    return next(k for k in kernels.KERNELS if k.name == name)
+    return next(k for k in kernels.KERNELS if k.name == name and k.op == "qdot")
 
 
 def runner(name: str, specs: dict):

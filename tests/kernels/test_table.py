@@ -104,9 +104,9 @@ def test_an_unknown_backend_lists_those_there_are():
 
 
 def test_an_unknown_op_lists_those_there_are():
-    with pytest.raises(NoKernelError, match=r"'qconv'.*ops are qdot"):
+    with pytest.raises(NoKernelError, match=r"'qconv'.*ops are .*qdot"):
         kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG)
-    with pytest.raises(NoKernelError, match="ops are qdot"):
+    with pytest.raises(NoKernelError, match="ops are .*qdot"):
         kernels.find("qconv", FLOAT, NVFP4, "cpu", BIG, backend="xla_tiled")
 
 
@@ -114,7 +114,7 @@ def test_where_none_can_every_reason_is_told():
     with pytest.raises(NoKernelError) as error:
         kernels.find("qdot", FLOAT, Operand("int3", 32, "float32", "block"), "cpu", BIG)
     lines = str(error.value).splitlines()
-    assert {line.split(":")[0].strip() for line in lines} >= {k.name for k in kernels.KERNELS}
+    assert {line.split(":")[0].strip() for line in lines} >= {k.name for k in kernels.KERNELS if k.op == "qdot"}
     assert any("'int3' is unknown; known: e2m1" in line for line in lines)
 
 
@@ -143,7 +143,7 @@ def cuda_checks() -> list:
         for pair, (lhs, rhs) in PAIRS.items()
         for m in (1, 64)
         for kernel in kernels.KERNELS
-        if kernel.supports(OPERANDS[lhs], OPERANDS[rhs], "cuda", Shapes(m, 130, 70)) is None
+        if kernel.op == "qdot" and kernel.supports(OPERANDS[lhs], OPERANDS[rhs], "cuda", Shapes(m, 130, 70)) is None
     ]
 
 
