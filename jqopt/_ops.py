@@ -155,6 +155,28 @@ def matmul(
     return run(x.x, lhs, arrays)
 
 
+def grouped(
+    x: jax.Array, weight: QTensor, sizes: jax.Array, *, backend: str | None = None, device: str | None = None
+) -> jax.Array:
+    """Rows x [m, k] in consecutive groups of `sizes` [e], each times its packed expert of [e, n, k]: float32 [m, n].
+
+    A backend that names a kernel of another op leaves the choice here open. The gradient goes straight through.
+    """
+    arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
+    return _grouped_traced_once(x, arrays, sizes, _facts(weight), backend, device)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _grouped_traced_once(
+    x: jax.Array, arrays: kernels.Packed, sizes: jax.Array, facts: Weight, backend: str | None, device: str | None
+) -> jax.Array:
+    if not any(k.op == "ragged" and backend in (k.name, k.backend) for k in kernels.KERNELS):
+        backend = None
+    rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(x.shape[0], facts.n, facts.k, sizes.shape[0])
+    kernel = kernels.find("ragged", FLOAT, rhs, device or kernels.here(), shapes, backend=backend)
+    return kernel.run(x, arrays, sizes, lhs_spec=FLOAT, rhs_spec=rhs, n=facts.n, k=facts.k)
+
+
 def _facts(weight: QTensor) -> Weight:
     return Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jqopt
 import jqopt_kernels as kernels
+from jqopt import _ops
 from jqopt_kernels import Shapes
 from jqopt_kernels._groups import tiled
 from tests.kernels.cases import FLOAT, OPERANDS, bound, operand
@@ -75,7 +77,7 @@ def test_no_rows(name):
 
 @pytest.mark.parametrize("name", ["xla_ragged", "pallas_ragged"])
 def test_sizes_beyond_the_rows_read_and_write_nothing_else(name):
-    """Sizes are data: a router's mistake must not reach other memory. What lies beyond is cut off, below zero is none."""
+    """Sizes are data: a router's mistake must reach no other memory. Beyond them is cut off, below 0 is none."""
     x = lhs(40)
     y = run(name, "nvfp4", x, [30, 2**30, 2**30, 2**30])
     assert_within(y, *exact(x, experts("nvfp4")[1], [30, 10, 0, 0]))
@@ -123,3 +125,43 @@ def test_what_is_chosen_and_why_not():
     assert all("grouped products take float activations" in why for why in reasons.values())
     big = dict(kernels.explain("ragged", FLOAT, OPERANDS["nvfp4"], "cuda", Shapes(8, 1 << 13, 1 << 13, 128)))
     assert "signed 32 bits" in big["pallas_ragged"]
+
+
+# ------------------------------------------------------------------------------------------------- a model
+
+
+def mixture(params, x):
+    """Two layers in a scan, each a grouped product; sizes leave the last row to nobody."""
+
+    def layer(x, w):
+        return x + jax.lax.ragged_dot(x, w, jnp.asarray([5, 0, 6], jnp.int32)), None
+
+    return jax.lax.scan(layer, x, params["experts"])[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    rng = np.random.default_rng(0)
+    params = {"experts": jnp.asarray(rng.normal(size=(2, 3, 32, 32)) / 6, jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(12, 32)), jnp.float32)
+    recipe = {"schema": 1, "name": "experts", "rules": [{"match": "*", "weight": "nvfp4"}]}
+    return jqopt.quantize_model(mixture, recipe, params=params, inputs=(x,)), x
+
+
+@pytest.mark.parametrize(("backend", "device"), [(None, None), ("pallas", "cpu:interpret"), ("xla_tiled", None)])
+def test_a_model_multiplies_packed_experts(model, backend, device, monkeypatch):
+    """As with decoded ones, which is what `simulate` does; the weight goes to the kernel as it is packed."""
+    qm, x = model
+    seen, grouped = [], _ops.grouped
+    monkeypatch.setattr(_ops, "grouped", lambda x, w, *a, **b: seen.append(w.data.shape) or grouped(x, w, *a, **b))
+    y = jqopt.apply(qm.plan, backend=backend, device=device)(qm.quant, x)
+    np.testing.assert_allclose(y, jqopt.apply(qm.plan, simulate=True)(qm.quant, x), rtol=0, atol=1e-5)
+    assert seen == [(3, 32, 16)]
+    np.testing.assert_array_equal(y[-1], x[-1])
+
+
+def test_a_model_lowers_for_cuda(model):
+    qm, x = model
+    run = jqopt.apply(qm.plan, device="cuda:90")
+    text = jax.jit(run).trace(qm.quant, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 1 and "pallas_ragged" in text
