@@ -79,8 +79,12 @@ def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
 
 
 def _rows(spec: InputFormat) -> str:
+    return _rows_of(spec.granularity)
+
+
+def _rows_of(granularity: str) -> str:
     """The granularity in a matrix's words: a token is a row, as an output channel is."""
-    return "channel" if spec.granularity == "token" else spec.granularity
+    return "channel" if granularity == "token" else granularity
 
 
 # --------------------------------------------------------------------------------------------- matrices
@@ -175,6 +179,52 @@ def _grouped_traced_once(
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(x.shape[0], facts.n, facts.k, sizes.shape[0])
     kernel = kernels.find("ragged", FLOAT, rhs, device or kernels.here(), shapes, backend=backend)
     return kernel.run(x, arrays, sizes, lhs_spec=FLOAT, rhs_spec=rhs, n=facts.n, k=facts.k)
+
+
+class Cached(NamedTuple):
+    """Keys or values of a cache [batch, length, heads, width]: `data` and `scale` as packed, a scale of the tensor."""
+
+    data: jax.Array
+    scale: jax.Array | None
+    tensor_scale: jax.Array | None
+    format: Format
+    granularity: str
+    width: int
+
+
+def attend(
+    q: jax.Array,
+    k: Cached,
+    v: Cached,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    backend: str | None = None,
+    device: str | None = None,
+) -> jax.Array | None:
+    """One query token q [batch, heads, width] over the positions first <= s < end [batch]: float32, or None.
+
+    None where the kernel for this device is XLA's, which decodes all keys and values first: the caller may as well.
+    """
+    specs = [operand(side.format, _rows_of(side.granularity)) for side in (k, v)]
+    batch, length, heads, _ = k.data.shape
+    shapes = kernels.Shapes(q.shape[1] // heads, length, k.width, batch * heads)
+    found = [
+        kernels.find("attend", FLOAT, spec, device or kernels.here(), shapes._replace(k=side.width), backend=backend)
+        for spec, side in zip(specs, (k, v), strict=True)
+    ]
+    if found[0] != found[1] or found[0].backend == "xla":
+        return None
+    facts = kernels.Attention(*specs, k.width, v.width, scale, softcap)
+    return found[0].run(q, *map(_cached, (k, v)), first, end, facts=facts)
+
+
+def _cached(side: Cached) -> kernels.Packed:
+    if side.scale is None:
+        return kernels.Packed(side.data, None if side.tensor_scale is None else side.tensor_scale.reshape(1, 1))
+    return kernels.Packed(side.data, side.scale, side.tensor_scale if side.format.global_scale else None)
 
 
 def _facts(weight: QTensor) -> Weight:

@@ -2,10 +2,12 @@
 
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
+from .attend import Attention
 from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
 
 __all__ = [
     "KERNELS",
+    "Attention",
     "Kernel",
     "KernelRefusal",
     "NoKernelError",

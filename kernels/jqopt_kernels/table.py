@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
+from .attend import reference_attend, xla_attend
+from .pallas_attend import pallas_attend
 from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
 from .pallas_grouped import pallas_ragged
 from .reference import reference, reference_ragged
@@ -26,6 +28,9 @@ KERNELS: tuple[Kernel, ...] = (
     pallas_ragged,
     xla_ragged,
     reference_ragged,
+    pallas_attend,
+    xla_attend,
+    reference_attend,
 )
 
 
