@@ -194,7 +194,8 @@ class Sited:
 class Executor(Sited):
     """The quantizing rule: at a site with a packed weight, run the quantized op.
 
-    Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
+    Rules that train override what a quantized op is made of: `quantized_input`, `product`, `grouped` and
+    `rows`.
     """
 
     def __init__(
@@ -259,6 +260,10 @@ class Executor(Sited):
     ) -> jax.Array:
         """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
         return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend, device=self.device)
+
+    def grouped(self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array) -> jax.Array:
+        """float32 [m, n]: `taken`, of which `rows` are the values before, in groups, each times its expert."""
+        return _ops.grouped(taken, tensor, sizes, backend=self.backend, device=self.device)
 
     def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
         """float32 [*index, k]: rows of a table."""
@@ -481,7 +486,7 @@ def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     y = x if tensor.is_plain else prepared(x, one).astype(x.dtype)
     taken, packed = _input(rule, y, (x.ndim - 1,), decision, weight), _experts(rule, eqn, weight)
     if packed is not None:
-        got = _ops.grouped(taken, packed, *rest, backend=rule.backend, device=rule.device).astype(out.dtype)
+        got = rule.grouped(y, taken, packed, *rest).astype(out.dtype)
     elif tensor.is_plain:
         got = _jaxpr.bind(eqn, [taken, weight.dense(), *rest])[0]
     else:

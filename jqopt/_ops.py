@@ -217,8 +217,8 @@ def attend(
     ]
     if found[0] != found[1] or found[0].backend == "xla":
         return None
-    facts = kernels.Attention(*specs, k.width, v.width, scale, softcap)
-    return found[0].run(q, *map(_cached, (k, v)), first, end, facts=facts)
+    facts = kernels.Attention(specs[0], specs[1], k.width, v.width, scale, softcap)
+    return found[0].run(q, _cached(k), _cached(v), first, end, facts=facts)
 
 
 def _cached(side: Cached) -> kernels.Packed:

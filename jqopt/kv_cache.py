@@ -297,8 +297,8 @@ def _one_token(
         return None
     end = jnp.broadcast_to(jnp.asarray(position, jnp.int32).reshape(-1) + 1, q.shape[:1])
     first = jnp.zeros_like(end) if window is None else jnp.maximum(end - jnp.asarray(window, jnp.int32), 0)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    y = _ops.attend(q[:, 0], k, v, first, end, scale=scale, softcap=softcap, backend=backend, device=device)
+    by = float(q.shape[3] ** -0.5) if scale is None else scale
+    y = _ops.attend(q[:, 0], k, v, first, end, scale=by, softcap=softcap, backend=backend, device=device)
     return None if y is None else y[:, None]
 
 
