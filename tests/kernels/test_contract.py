@@ -15,6 +15,8 @@ from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, case, nf4
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
 DEVICES = ("cpu", "cuda")
 PALLAS = ("pallas_gemv", "pallas_skinny")
+# An interpreted Pallas kernel takes a while to compile: of the pairs, those that are decoded differently run always.
+ALWAYS = ("nvfp4", "int4", "uint4", "fp8_block", "mxfp8", "int8", "nvfp4 x nvfp4")
 
 
 def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
@@ -25,6 +27,10 @@ def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     return [x for x in qdots if any(x.supports(lhs, rhs, d, shapes) is None for d in DEVICES)]
 
 
+def marks(name: str, pair: str, always=ALWAYS) -> list:
+    return [pytest.mark.slow] if name.startswith("pallas") and pair not in always else []
+
+
 def checks() -> list:
     """(kernel, pair, shapes it claims) for every kernel that claims any."""
     claims: dict[tuple[str, str], list] = {}
@@ -32,7 +38,10 @@ def checks() -> list:
         for shape in SHAPES:
             for kernel in able(pair, *shape):
                 claims.setdefault((kernel.name, pair), []).append(shape)
-    return [pytest.param(name, pair, shapes, id=f"{name}-{pair}") for (name, pair), shapes in claims.items()]
+    return [
+        pytest.param(name, pair, shapes, id=f"{name}-{pair}", marks=marks(name, pair))
+        for (name, pair), shapes in claims.items()
+    ]
 
 
 def kernel_named(name: str) -> kernels.Kernel:
@@ -64,7 +73,11 @@ KINDS = ["fp8_block", "nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "nv
 
 
 def kinds(m: int, n: int, k: int) -> list:
-    return [pytest.param(p, kn.name, id=f"{kn.name}-{p}") for p in KINDS for kn in able(p, m, n, k)]
+    return [
+        pytest.param(p, kn.name, id=f"{kn.name}-{p}", marks=marks(kn.name, p, ("nvfp4",)))
+        for p in KINDS
+        for kn in able(p, m, n, k)
+    ]
 
 
 @pytest.mark.parametrize(("pair", "name"), kinds(5, 3, 40))

@@ -25,14 +25,25 @@ def check(pair: str, m: int, n: int, k: int, **options) -> None:
     assert_within(y, c.y, c.bound)
 
 
-@pytest.mark.parametrize("pair", ["nvfp4", "fp8_block x fp8_block", "int4", "int8 x int4"])
+@pytest.mark.parametrize(
+    "pair",
+    ["nvfp4", "fp8_block x fp8_block", *(pytest.param(p, marks=pytest.mark.slow) for p in ("int4", "int8 x int4"))],
+)
 def test_many_rows(pair):
     check(pair, 130, 140, 70)
 
 
 @pytest.mark.parametrize(
     ("pair", "m"),
-    [("nvfp4", 4), ("nvfp4", 17), ("nvfp4", 65), ("int4", 17), ("uint4", 17), ("fp8_block", 17), ("mxfp8", 17)],
+    [
+        ("nvfp4", 17),
+        ("nvfp4", 65),
+        ("int4", 17),
+        *(
+            pytest.param(p, m, marks=pytest.mark.slow)
+            for p, m in (("nvfp4", 4), ("uint4", 17), ("fp8_block", 17), ("mxfp8", 17))
+        ),
+    ],
 )
 def test_bfloat16_activations_lose_nothing(pair, m):
     check(pair, m, 20, 70, float_dtype=jnp.bfloat16)
