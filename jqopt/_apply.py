@@ -194,7 +194,8 @@ class Sited:
 class Executor(Sited):
     """The quantizing rule: at a site with a packed weight, run the quantized op.
 
-    Rules that train override what a quantized op is made of: `quantized_input`, `product` and `rows`.
+    Rules that train override what a quantized op is made of: `quantized_input`, `product`, `grouped` and
+    `rows`.
     """
 
     def __init__(
@@ -259,6 +260,10 @@ class Executor(Sited):
     ) -> jax.Array:
         """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
         return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend, device=self.device)
+
+    def grouped(self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array) -> jax.Array:
+        """float32 [m, n]: `taken`, of which `rows` are the values before, in groups, each times its expert."""
+        return _ops.grouped(taken, tensor, sizes, backend=self.backend, device=self.device)
 
     def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
         """float32 [*index, k]: rows of a table."""
@@ -472,21 +477,45 @@ def _conv(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision:
 
 
 def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:
-    """A ragged dot with decoded expert weights; all experts' input is rotated and scaled in the same way."""
+    """A ragged dot, by `_ops.grouped` where it can; all experts' input is rotated and scaled in the same way."""
     x, weight, *rest = values
-    tensor = weight.tensor if isinstance(weight, QView) else None
-    if tensor is None or tensor.is_plain:
-        x = _input(rule, x, (x.ndim - 1,), decision, weight)
-        return _jaxpr.bind(eqn, [x, weight.dense(), *rest])[0]
+    if not isinstance(weight, QView):
+        return _jaxpr.bind(eqn, [_input(rule, x, (x.ndim - 1,), decision, weight), weight.dense(), *rest])[0]
+    tensor = weight.tensor
     one = tensor.replace(pre_scale=None if tensor.pre_scale is None else tensor.pre_scale[0])
-    y = prepared(x, one).astype(x.dtype)
-    codes = weight.view.materialize(tensor.layout.from_matrix(tensor.matrix()).astype(tensor.dtype))
-    out_codes = _jaxpr.bind(eqn, [_input(rule, y, (x.ndim - 1,), decision, weight), codes, *rest])[0]
+    y = x if tensor.is_plain else prepared(x, one).astype(x.dtype)
+    taken, packed = _input(rule, y, (x.ndim - 1,), decision, weight), _experts(rule, eqn, weight)
+    if packed is not None:
+        got = rule.grouped(y, taken, packed, *rest).astype(out.dtype)
+    elif tensor.is_plain:
+        got = _jaxpr.bind(eqn, [taken, weight.dense(), *rest])[0]
+    else:
+        codes = weight.view.materialize(tensor.layout.from_matrix(tensor.matrix()).astype(tensor.dtype))
+        got = _jaxpr.bind(eqn, [taken, codes, *rest])[0]
     if tensor.low_a is None or tensor.low_b is None:
-        return out_codes
+        return got
     branch = jnp.matmul(tensor.low_b.astype(jnp.float32), tensor.low_a.astype(jnp.float32))
     dense = weight.view.materialize(tensor.layout.from_matrix(branch).astype(tensor.dtype))
-    return out_codes + _jaxpr.bind(eqn, [y, dense, *rest])[0]
+    return got + _jaxpr.bind(eqn, [y, dense, *rest])[0]
+
+
+def _experts(rule: Executor, eqn: Any, weight: QView) -> QTensor | None:
+    """The packed experts [e, n, k] of a ragged dot [m, k] x [e, k, n] over groups of rows; None for any other.
+
+    None too where weights are to be decoded: in simulation, in two formats in sequence, and for a symbolic m.
+    """
+    numbers, rows = eqn.params.get("ragged_dot_dimension_numbers"), eqn.invars[0].aval.shape
+    if numbers is None or rule.simulate or weight.tensor.format.then is not None:
+        return None
+    contract, batch = (tuple(tuple(map(int, d)) for d in dims) for dims in numbers.dot_dimension_numbers)
+    if (contract[0], batch, tuple(map(int, numbers.lhs_ragged_dimensions))) != ((1,), ((), ()), (0,)):
+        return None
+    if len(rows) != 2 or not isinstance(rows[0], int) or len(numbers.rhs_group_dimensions) != 1:
+        return None
+    match = _match(weight, tuple(map(int, numbers.rhs_group_dimensions)), contract[1])
+    if match is None or (match.stack, match.rows, match.cols) != (match.batch, match.free, match.contract):
+        return None
+    return match.tensor if match.tensor.data.ndim == 3 else None
 
 
 def _gather(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: Decision, out: Any) -> jax.Array:

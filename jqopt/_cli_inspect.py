@@ -21,7 +21,7 @@ from jqopt.export.manifest import Manifest, tensor_from
 INSTEAD = {
     "gather": "decodes the rows it looks up",
     "conv": "decodes the kernel, then convolves",
-    "ragged_dot": "decodes the experts, then multiplies",
+    "ragged_dot": "multiplies each expert's rows by its packed weight",
 }
 """What runs at sites for which there is no table of kernels."""
 

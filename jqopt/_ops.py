@@ -79,8 +79,12 @@ def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
 
 
 def _rows(spec: InputFormat) -> str:
+    return _rows_of(spec.granularity)
+
+
+def _rows_of(granularity: str) -> str:
     """The granularity in a matrix's words: a token is a row, as an output channel is."""
-    return "channel" if spec.granularity == "token" else spec.granularity
+    return "channel" if granularity == "token" else granularity
 
 
 # --------------------------------------------------------------------------------------------- matrices
@@ -92,9 +96,9 @@ def takes_codes(
     """Will a product with m rows multiply the activation's codes, rather than the values they stand for?"""
     if spec is None or simulate or weight.format.then is not None:
         return False
-    if backend is not None:
-        return True
-    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, None, device).low_precision
+    if any(kernel.name == backend for kernel in kernels.KERNELS):
+        return True  # one kernel by name: it is run as it is
+    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, backend, device).low_precision
 
 
 class Activation(NamedTuple):
@@ -206,18 +210,86 @@ def matmul(
     return run(x.x, lhs, arrays)
 
 
+def grouped(
+    x: jax.Array, weight: QTensor, sizes: jax.Array, *, backend: str | None = None, device: str | None = None
+) -> jax.Array:
+    """Rows x [m, k] in consecutive groups of `sizes` [e], each times its packed expert of [e, n, k]: float32 [m, n].
+
+    A backend that names a kernel of another op leaves the choice here open. The gradient goes straight through.
+    """
+    arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
+    return _grouped_traced_once(x, arrays, sizes, _facts(weight), backend, device)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _grouped_traced_once(
+    x: jax.Array, arrays: kernels.Packed, sizes: jax.Array, facts: Weight, backend: str | None, device: str | None
+) -> jax.Array:
+    if not any(k.op == "ragged" and backend in (k.name, k.backend) for k in kernels.KERNELS):
+        backend = None
+    rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(x.shape[0], facts.n, facts.k, sizes.shape[0])
+    kernel = kernels.find("ragged", FLOAT, rhs, device or kernels.here(), shapes, backend=backend)
+    return kernel.run(x, arrays, sizes, lhs_spec=FLOAT, rhs_spec=rhs, n=facts.n, k=facts.k)
+
+
+class Cached(NamedTuple):
+    """Keys or values of a cache [batch, length, heads, width]: `data` and `scale` as packed, a scale of the tensor."""
+
+    data: jax.Array
+    scale: jax.Array | None
+    tensor_scale: jax.Array | None
+    format: Format
+    granularity: str
+    width: int
+
+
+def attend(
+    q: jax.Array,
+    k: Cached,
+    v: Cached,
+    first: jax.Array,
+    end: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    backend: str | None = None,
+    device: str | None = None,
+) -> jax.Array | None:
+    """One query token q [batch, heads, width] over the positions first <= s < end [batch]: float32, or None.
+
+    None where the kernel for this device is XLA's, which decodes all keys and values first: the caller may as well.
+    """
+    specs = [operand(side.format, _rows_of(side.granularity)) for side in (k, v)]
+    batch, length, heads, _ = k.data.shape
+    shapes = kernels.Shapes(q.shape[1] // heads, length, k.width, batch * heads)
+    found = [
+        kernels.find("attend", FLOAT, spec, device or kernels.here(), shapes._replace(k=side.width), backend=backend)
+        for spec, side in zip(specs, (k, v), strict=True)
+    ]
+    if found[0] != found[1] or found[0].backend == "xla":
+        return None
+    facts = kernels.Attention(specs[0], specs[1], k.width, v.width, scale, softcap)
+    return found[0].run(q, _cached(k), _cached(v), first, end, facts=facts)
+
+
+def _cached(side: Cached) -> kernels.Packed:
+    if side.scale is None:
+        return kernels.Packed(side.data, None if side.tensor_scale is None else side.tensor_scale.reshape(1, 1))
+    return kernels.Packed(side.data, side.scale, side.tensor_scale if side.format.global_scale else None)
+
+
 def _facts(weight: QTensor) -> Weight:
     return Weight(weight.format, weight.granularity, weight.data.shape[-2], weight.layout.k)
 
 
 MANY = 1 << 20
-"""Rows to choose a kernel by where their number is symbolic: those for many rows are right for every number."""
+"""Rows to choose a kernel by where their number is symbolic: XLA's for many rows are right for every number."""
 
 
 def _find(
     lhs: kernels.Operand, facts: Weight, m: int, backend: str | None, device: str | None = None
 ) -> kernels.Kernel:
-    rows = m if isinstance(m, int) else MANY
+    rows, backend = (m, backend) if isinstance(m, int) else (MANY, backend or "xla")  # others are compiled for sizes
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(rows, facts.n, facts.k)
     return kernels.find("qdot", lhs, rhs, device or kernels.here(), shapes, backend=backend)
 

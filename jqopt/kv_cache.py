@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jqopt import _hadamard, _numerics
+from jqopt import _hadamard, _numerics, _ops
 from jqopt._numerics import Codes
 from jqopt._recipe import OperandSpec
 from jqopt.errors import UnsupportedError
@@ -239,6 +239,8 @@ def attend(
     scale: float | None = None,
     window: Any = None,
     softcap: float | None = None,
+    backend: str | None = None,
+    device: str | None = None,
 ) -> jax.Array:
     """Causal softmax attention of queries over the cache; scores and softmax in float32, grouped queries.
 
@@ -248,6 +250,9 @@ def attend(
         position: of the first query: a whole number, int array [] or [batch].
         scale: of the scores; default 1 / sqrt(width). `softcap`: they are softcap * tanh(score / softcap).
         window: how many positions back a query sees, its own included: a number or int []; None: all.
+        backend: name of one kernel or family of `jqopt_kernels`, instead of the best for the device; `device`: what to
+            choose it for ("cpu", "cuda:90"), default this process's. One query token over a packed cache without a bias
+            has kernels on CUDA that decode while they read; all else decodes first.
 
     Returns:
         [batch, tokens, heads, value width] in q's dtype.
@@ -261,6 +266,9 @@ def attend(
             f"q has shape {list(q.shape)}; this cache takes [{batch}, tokens, a multiple of {kv_heads}, {width}]"
         )
     q_turned = _hadamard.rotate(q) if cache.rotated else q
+    by_kernel = _one_token(cache, q_turned, position, scale, window, softcap, backend, device)
+    if by_kernel is not None:
+        return by_kernel.astype(q.dtype)
     k, v = _decode(cache.k).astype(cache.dtype), _decode(cache.v).astype(cache.dtype)
     grouped = q_turned.astype(cache.dtype).reshape(batch, q.shape[1], kv_heads, -1, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
@@ -271,6 +279,35 @@ def attend(
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(cache.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
     return mixed.reshape(*q.shape[:3], -1).astype(q.dtype)
+
+
+def _one_token(
+    cache: KVCache,
+    q: jax.Array,
+    position: Any,
+    scale: float | None,
+    window: Any,
+    softcap: float | None,
+    backend: str | None,
+    device: str | None,
+) -> jax.Array | None:
+    """`attend` by a kernel that decodes while it reads; None where there is none."""
+    k, v = _cached(cache.k), _cached(cache.v)
+    if q.shape[1] != 1 or k is None or v is None:
+        return None
+    end = jnp.broadcast_to(jnp.asarray(position, jnp.int32).reshape(-1) + 1, q.shape[:1])
+    first = jnp.zeros_like(end) if window is None else jnp.maximum(end - jnp.asarray(window, jnp.int32), 0)
+    by = float(q.shape[3] ** -0.5) if scale is None else scale
+    y = _ops.attend(q[:, 0], k, v, first, end, scale=by, softcap=softcap, backend=backend, device=device)
+    return None if y is None else y[:, None]
+
+
+def _cached(packed: Packed) -> _ops.Cached | None:
+    """Keys or values as kernels take them; None where they can't: not packed, in two formats, or with a bias."""
+    format = packed.format
+    if format is None or format.then is not None or packed.bias is not None:
+        return None
+    return _ops.Cached(packed.data, packed.scale, packed.tensor_scale, format, packed.granularity, packed.width)
 
 
 def capped(scores: jax.Array, cap: float | None) -> jax.Array:

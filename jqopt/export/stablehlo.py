@@ -79,7 +79,8 @@ def export(
             ("batch", "length"), the first axis of anything else is "batch", and the others are as in `inputs`.
         inputs: one batch of arrays or shapes, default those the model was quantized with. What is no array is fixed.
         platforms: of "cpu", "cuda", "rocm", "tpu": one program each, lowered on this machine.
-        backend: name of one kernel of `jqopt_kernels` for all sites, instead of the best for the platform.
+        backend: name of one kernel or family of `jqopt_kernels` for all sites; default "xla": what others compile to is
+            no StableHLO, and is bound to a chip.
         overwrite: replace the artifact that is there.
 
     Raises:
@@ -176,7 +177,7 @@ def _check_platforms(platforms: Sequence[str]) -> None:
 
 def _lower(qm: Any, platform: str, call: Call, backend: str | None) -> tuple[Any, Any]:
     """(jax.export's Exported of a function of (weights, inputs), the outline of the model's output)."""
-    run, leaves, treedef = _apply.apply(qm.plan, backend=backend, device=platform), *jax.tree.flatten(qm.quant)
+    run, leaves, treedef = _apply.apply(qm.plan, backend=backend or "xla", device=platform), *jax.tree.flatten(qm.quant)
     impls = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
     outlines: list[Any] = []
 

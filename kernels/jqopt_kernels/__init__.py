@@ -2,11 +2,13 @@
 
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
+from .attend import Attention
 from .quantize_way import Random, Way
 from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
 
 __all__ = [
     "KERNELS",
+    "Attention",
     "Kernel",
     "KernelRefusal",
     "NoKernelError",

@@ -1,4 +1,7 @@
-"""How a device is written where kernels are chosen: "cpu", "tpu", "rocm", "cuda", or "cuda:90" with its capability."""
+"""How a device is written where kernels are chosen: "cpu", "tpu", "rocm", "cuda", or "cuda:90" with its capability.
+
+"cpu:interpret" is a CPU that interprets Pallas kernels, as tests of kernels for CUDA do; nobody gets it unasked.
+"""
 
 from __future__ import annotations
 
@@ -28,4 +31,9 @@ def capability(device: str) -> int | None:
     Raises ValueError for a capability that is no number.
     """
     _, colon, number = device.partition(":")
-    return int(number) if colon else None
+    return int(number) if colon and not interprets(device) else None
+
+
+def interprets(device: str) -> bool:
+    """Whether Pallas kernels were asked for on a CPU, where they are interpreted: right, and very slow."""
+    return device == "cpu:interpret"

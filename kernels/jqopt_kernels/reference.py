@@ -122,3 +122,25 @@ def _supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | 
 
 
 reference = Kernel("reference", "qdot", _supports, as_is, qdot, backend="reference")
+
+
+def ragged(lhs, rhs: Packed, sizes, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int, out_dtype=jnp.float32):
+    """y [m, n]: rows of lhs [m, k] in consecutive groups, each times its expert of rhs [e, n, k].
+
+    sizes: [e] rows of each group, integers; rows behind the last group are zero. rhs: `Packed`, every array with a
+    leading axis of experts.
+    """
+    w = jax.vmap(lambda packed: dequantize(packed, rhs_spec, n, k))(rhs)
+    each = jnp.einsum("mk,enk->emn", lhs.astype(jnp.float32), w, precision="highest")
+    last, row = jnp.cumsum(sizes), jnp.arange(lhs.shape[0])
+    mine = (row >= (last - sizes)[:, None]) & (row < last[:, None])
+    return jnp.where(mine[:, :, None], each, 0).sum(axis=0).astype(out_dtype)
+
+
+def _ragged_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    if lhs.element != "float":
+        return f"lhs is {lhs.element}: grouped products take float activations"
+    return _supports(lhs, rhs, device, shapes)
+
+
+reference_ragged = Kernel("reference", "ragged", _ragged_supports, as_is, ragged, backend="reference")

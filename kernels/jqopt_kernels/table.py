@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
+from .attend import reference_attend, xla_attend
+from .pallas_attend import pallas_attend
+from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
+from .pallas_grouped import pallas_ragged
 from .quantize_table import QUANTIZERS
-from .reference import reference
+from .reference import reference, reference_ragged
 from .triton_dot import triton_fp8_block, triton_gemm, triton_gemm_large, triton_gemv, triton_skinny
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
+from .xla_grouped import xla_ragged
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
@@ -21,10 +26,19 @@ KERNELS: tuple[Kernel, ...] = (
     triton_gemm,
     xla_tiled_bf16,
     xla_tiled,
+    pallas_gemv,
+    pallas_skinny,
+    pallas_gemm,
     xla_decode,
     triton_gemm_large,
     reference,
     *QUANTIZERS,
+    pallas_ragged,
+    xla_ragged,
+    reference_ragged,
+    pallas_attend,
+    xla_attend,
+    reference_attend,
 )
 
 

@@ -14,6 +14,9 @@ from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, case, nf4
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
 DEVICES = ("cpu", "cuda")
+PALLAS = ("pallas_gemv", "pallas_skinny")
+# An interpreted Pallas kernel takes a while to compile: of the pairs, those that are decoded differently run always.
+ALWAYS = ("nvfp4", "int4", "uint4", "fp8_block", "mxfp8", "int8", "nvfp4 x nvfp4")
 
 
 def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
@@ -24,6 +27,10 @@ def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     return [x for x in qdots if any(x.supports(lhs, rhs, d, shapes) is None for d in DEVICES)]
 
 
+def marks(name: str, pair: str, always=ALWAYS) -> list:
+    return [pytest.mark.slow] if name.startswith("pallas") and pair not in always else []
+
+
 def checks() -> list:
     """(kernel, pair, shapes it claims) for every kernel that claims any."""
     claims: dict[tuple[str, str], list] = {}
@@ -31,11 +38,14 @@ def checks() -> list:
         for shape in SHAPES:
             for kernel in able(pair, *shape):
                 claims.setdefault((kernel.name, pair), []).append(shape)
-    return [pytest.param(name, pair, shapes, id=f"{name}-{pair}") for (name, pair), shapes in claims.items()]
+    return [
+        pytest.param(name, pair, shapes, id=f"{name}-{pair}", marks=marks(name, pair))
+        for (name, pair), shapes in claims.items()
+    ]
 
 
 def kernel_named(name: str) -> kernels.Kernel:
-    return next(k for k in kernels.KERNELS if k.name == name)
+    return next(k for k in kernels.KERNELS if k.name == name and k.op == "qdot")
 
 
 def runner(name: str, specs: dict):
@@ -63,7 +73,11 @@ KINDS = ["fp8_block", "nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "nv
 
 
 def kinds(m: int, n: int, k: int) -> list:
-    return [pytest.param(p, kn.name, id=f"{kn.name}-{p}") for p in KINDS for kn in able(p, m, n, k)]
+    return [
+        pytest.param(p, kn.name, id=f"{kn.name}-{p}", marks=marks(kn.name, p, ("nvfp4",)))
+        for p in KINDS
+        for kn in able(p, m, n, k)
+    ]
 
 
 @pytest.mark.parametrize(("pair", "name"), kinds(5, 3, 40))
@@ -119,7 +133,7 @@ def test_out_dtype():
         assert_within(y.astype(jnp.float32), c.y, c.bound + 2.0**-8 * np.abs(c.y))
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode"])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", *PALLAS])
 def test_gradient_of_the_float_side(name):
     c = case("nvfp4", 3, 300, 40)
     w = np.asarray(reference.dequantize(c.rhs, c.specs["rhs_spec"], 300, 40), np.float64)
@@ -127,7 +141,7 @@ def test_gradient_of_the_float_side(name):
     np.testing.assert_allclose(grad, np.tile(w.sum(0), (3, 1)), rtol=0, atol=300 * 2.0**-22 * np.abs(w).sum(0).max())
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", "reference"])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", *PALLAS, "reference"])
 @pytest.mark.parametrize("element", ["e4m3", "e5m2"])
 def test_nan_codes_reach_the_result(name, element):
     c = case("fp8" if element == "e4m3" else "fp8_e5m2", 1, 4, 40)

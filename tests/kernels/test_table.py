@@ -32,6 +32,10 @@ BIG = Shapes(64, 256, 256)
         (NVFP4, NVFP4, "cpu", 64, "xla_tiled_bf16"),
         (NVFP4, NVFP4, "cpu", 1, "xla_tiled"),
         (FLOAT, Operand("e2m1", 5, "e4m3", "block"), "cpu", 1, "xla_decode"),
+        (FLOAT, NVFP4, "cuda:90", 1, "pallas_gemv"),
+        (FLOAT, NVFP4, "cuda", 16, "pallas_skinny"),
+        (NVFP4, NVFP4, "gpu", 512, "pallas_gemm"),
+        (FLOAT, Operand("e2m1", 5, "e4m3", "block"), "cuda:90", 1, "xla_decode"),
     ],
 )
 def test_first_that_can(lhs, rhs, device, m, name):
@@ -149,7 +153,7 @@ def cuda_checks() -> list:
 
 @pytest.mark.parametrize(("pair", "kernel", "m"), cuda_checks())
 def test_lowers_for_cuda_without_a_gpu(pair, kernel, m):
-    assert "dot_general" in lowered(pair, kernel, m)
+    assert ("__gpu$xla.gpu.triton" if kernel.backend == "pallas" else "dot_general") in lowered(pair, kernel, m)
 
 
 def test_fp8_reaches_the_product_as_fp8():

@@ -1,0 +1,75 @@
+"""The gradient of products over packed weights: straight through the quantizers, to a float left operand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import decode
+from ._operands import decoded, row_scale
+from ._types import Operand, Packed
+
+
+def weight_values(rhs: Packed, spec: Operand, n: int, k: int) -> jax.Array:
+    """[n, k] f32: a packed weight with all of its scales."""
+    w = decoded(*decode.whole(rhs.data, spec.element, k), rhs, spec, k)
+    scale = row_scale(rhs, spec)
+    return w if scale is None else w * scale
+
+
+def straight_through(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`Kernel.run` with a gradient: d lhs = d y @ the decoded weight for a float lhs; nothing else has one.
+
+    product(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype) -> [m, n].
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+    def run(lhs, rhs, lhs_spec, rhs_spec, n, k, out_dtype):
+        return product(lhs, rhs, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=n, k=k, out_dtype=out_dtype)
+
+    def forward(lhs, rhs, *static):
+        like = None if isinstance(lhs, Packed) else jnp.zeros((0,), lhs.dtype)
+        return run(lhs, rhs, *static), (rhs, like)
+
+    def backward(lhs_spec, rhs_spec, n, k, out_dtype, kept, g):
+        rhs, like = kept
+        if like is None:
+            return None, None
+        w, g = weight_values(rhs, rhs_spec, n, k), g.astype(jnp.float32)
+        return lax.dot(g, w, precision="highest", preferred_element_type=jnp.float32).astype(like.dtype), None
+
+    run.defvjp(forward, backward)
+
+    def keyword(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32) -> Any:
+        return run(lhs, rhs, lhs_spec, rhs_spec, n, k, jnp.dtype(out_dtype))
+
+    return keyword
+
+
+def straight_through_groups(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """As `straight_through`, for grouped products: product(lhs, rhs, sizes, *, rhs_spec, n, k, out_dtype)."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+    def run(lhs, rhs, sizes, rhs_spec, n, k, out_dtype):
+        return product(lhs, rhs, sizes, rhs_spec=rhs_spec, n=n, k=k, out_dtype=out_dtype)
+
+    def forward(lhs, rhs, sizes, *static):
+        return run(lhs, rhs, sizes, *static), (rhs, sizes, jnp.zeros((0,), lhs.dtype))
+
+    def backward(rhs_spec, n, k, out_dtype, kept, g):
+        rhs, sizes, like = kept
+        w = jax.vmap(lambda packed: weight_values(packed, rhs_spec, n, k))(rhs)  # [e, n, k]
+        dx = lax.ragged_dot(g.astype(jnp.float32), w, sizes.astype(jnp.int32), precision="highest")
+        return dx.astype(like.dtype), None, None
+
+    run.defvjp(forward, backward)
+
+    def keyword(lhs, rhs, sizes, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32) -> Any:
+        return run(lhs, rhs, sizes, rhs_spec, n, k, jnp.dtype(out_dtype))
+
+    return keyword

@@ -1,0 +1,49 @@
+"""Quantized models compiled for an H100 without one: the calls that are left, and no decoded copy of a weight."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.cuda
+TRITON, FP8 = "__gpu$xla.gpu.triton", "__cublas$lt$matmul$f8"
+WORKSPACE = 32 << 20  # bytes that cuBLASLt is given beside its operands
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    script = pathlib.Path(__file__).with_name("aot.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_fp8_products_are_cublas_calls(compiled):
+    assert compiled["fp8"]["calls"][FP8] == 2
+    assert compiled["fp8"]["temp"] - WORKSPACE < compiled["fp8"]["copy"]
+
+
+@pytest.mark.parametrize("name", ["nvfp4 1", "nvfp4 16", "nvfp4 256", "nvfp4 inputs"])
+def test_each_nvfp4_product_is_one_kernel(compiled, name):
+    """Temporary bytes hold activations and partial sums. 256 rows are wider than the weights of this block."""
+    assert compiled[name]["calls"][TRITON] == 2
+    if name != "nvfp4 256":
+        assert compiled[name]["temp"] < compiled[name]["copy"]
+
+
+@pytest.mark.parametrize("name", ["experts", "cache fp8", "cache nvfp4"])
+def test_experts_and_caches_are_read_as_they_are_packed(compiled, name):
+    assert compiled[name]["calls"][TRITON] == 1
+    assert compiled[name]["temp"] < compiled[name]["copy"] / 4
+
+
+def test_kernels_fit_into_registers_and_read_16_bytes_at_a_time(compiled):
+    assert {k["name"] for k in compiled["kernels"]} == {
+        "pallas_gemv", "pallas_skinny", "pallas_gemm", "pallas_ragged", "pallas_attend"
+    }  # fmt: skip
+    for kernel in compiled["kernels"]:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["wide"] > 0, kernel
+        assert (kernel["tensor"] > 0) == (kernel["name"] != "pallas_gemv"), kernel
