@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._types import Kernel, Operand, Shapes
+from .ffi_gemm import ffi_gemm
 from .reference import reference
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_tiled import xla_tiled, xla_tiled_bf16
@@ -13,6 +14,7 @@ KERNELS: tuple[Kernel, ...] = (
     xla_int8_row,
     xla_fp8,
     xla_fp8_dot,
+    ffi_gemm,
     xla_tiled_bf16,
     xla_tiled,
     xla_decode,
