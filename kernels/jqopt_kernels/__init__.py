@@ -3,9 +3,10 @@
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
 from .ffi_build import BuildError, build
-from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
+from .table import FAMILIES, KERNELS, KernelRefusal, NoKernelError, asked, backends, explain, find, using
 
 __all__ = [
+    "FAMILIES",
     "KERNELS",
     "BuildError",
     "Kernel",
@@ -14,8 +15,11 @@ __all__ = [
     "Operand",
     "Packed",
     "Shapes",
+    "asked",
+    "backends",
     "build",
     "explain",
     "find",
     "here",
+    "using",
 ]

@@ -6,6 +6,7 @@ someone takes. From then on every process of this user finds the library and the
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -104,37 +105,24 @@ def _compile(compiler: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         start = [compiler, *STANDARD, "-I", jax.ffi.include_dir()]
         objects = {source: here / f"{source}.o" for source in _sources()}
         steps = [[*start, *FLAGS[s], "-c", str(SOURCES / s), "-o", str(o)] for s, o in objects.items()]
-        running = [_started(step) for step in steps]
-        for process in running:
-            _finished(process)
+        with concurrent.futures.ThreadPoolExecutor(len(steps)) as pool:
+            list(pool.map(_said, steps))
         linked = here / "linked.so"
-        _finished(_started([compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects.values())]))
+        _said([compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects.values())])
         os.replace(linked, out)
 
 
-def _started(command: list[str]) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not start: {error}") from error
-
-
-def _finished(process: subprocess.Popen[str]) -> str:
-    """What the process said. Raises BuildError with the first line about an error, if it failed."""
-    try:
-        said, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired as error:
-        process.kill()
-        process.communicate()
-        raise BuildError(f"{process.args} took more than {TIMEOUT:.0f} s") from error
-    if process.returncode:
-        lines = said.splitlines() or [f"exit status {process.returncode}"]
-        raise BuildError(next((line for line in lines if "error" in line), lines[0]))
-    return said
-
-
 def _said(command: list[str]) -> str:
-    return _finished(_started(command))
+    """What a command printed. Raises BuildError, with the first line about an error, if it failed."""
+    both: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    try:
+        done = subprocess.run(command, timeout=TIMEOUT, check=False, **both)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        lines = done.stdout.splitlines() or [f"{command[0]}: exit status {done.returncode}"]
+        raise BuildError(next((line for line in lines if "error" in line), lines[0]))
+    return done.stdout
 
 
 def _compiler() -> str | None:

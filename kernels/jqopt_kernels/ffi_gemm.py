@@ -7,6 +7,7 @@ how the library is built and found, `ffi/` the code: float32 products and sums l
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ BEST = -1  # the best instruction set of this processor; else its place in `ffi_
 
 def _gemm(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, isa: int = BEST):
     x, left_scale = left(lhs, lhs_spec, k)
-    y = _product(x, rhs._replace(global_scale=None), rhs_spec, n, isa)
+    y: Any = _product(x, rhs._replace(global_scale=None), rhs_spec, n, isa)
     return finish(y, left_scale, row_scale(rhs, rhs_spec), out_dtype)
 
 
