@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -25,11 +26,40 @@ def test_each_instruction_set_equals_exact_numpy(library, isa):
     """m: in registers, one tile, tiles with a rest. k: groups of 64 with a rest, more than a chunk of 512."""
     if isa not in library.isas:
         pytest.skip(f"this processor has {', '.join(library.isas)} only")
-    run = functools.partial(ffi_gemm.ffi_gemm.run, isa=library.isas.index(isa))
+    equals_exact_numpy(library.isas.index(isa))
+
+
+def equals_exact_numpy(isa: int) -> None:
+    run = functools.partial(ffi_gemm.ffi_gemm.run, isa=isa)
     for pair in EVERY_KIND:
         for m, n, k in ((1, 6, 600), (3, 5, 70), (8, 9, 600)):
             c = case(pair, m, n, k)
             assert_within(run(c.lhs, c.rhs, **c.specs), c.y, c.bound)
+
+
+@pytest.mark.slow
+def test_avx512_written_out_equals_exact_numpy(library, empty, monkeypatch):
+    """What CI's processor may lack: the same source, its intrinsics replaced by loops over 16 lanes."""
+    if "avx2" not in library.isas:
+        pytest.skip("the rest of that file needs AVX2")
+    sources = empty / "ffi"
+    shutil.copytree(ffi_build.SOURCES, sources)
+    shutil.copy(pathlib.Path(__file__).parent / "avx512.h", sources)
+    for name, old, new in (
+        ("rows_avx512.cc", "#include <immintrin.h>", '#include "avx512.h"'),
+        ("gemm.cc", 'if (__builtin_cpu_supports("avx512f"))', ""),
+    ):
+        text = (sources / name).read_text()
+        assert old in text
+        (sources / name).write_text(text.replace(old, new))
+    monkeypatch.setattr(ffi_build, "SOURCES", sources)
+    monkeypatch.setattr(ffi_build, "STANDARD", (*ffi_build.STANDARD, "-O1"))
+    monkeypatch.setitem(ffi_build.FLAGS, "rows_avx512.cc", ffi_build.FLAGS["rows_avx2.cc"])
+    monkeypatch.setattr(ffi_build, "_key", lambda: "written-out")
+    ffi_build.build()
+    found = ffi_build.library()
+    assert not isinstance(found, str) and found.isas[-1] == "avx512"
+    equals_exact_numpy(found.isas.index("avx512"))
 
 
 def call(target: str, x, codes, scale, n: int, **numbers) -> jax.Array:
