@@ -62,6 +62,19 @@ def test_a_wrong_result_is_seen():
     assert "WRONG" in str(kernel_cases.wrong(case, y.at[2, 7].multiply(1.001) + jnp.float32(0)))
 
 
+def test_the_way_of_a_gpu():
+    """bfloat16, and all copies in one executable; here on the CPU."""
+    for case in kernel_cases.qdot(True, ((64, 128),), (16,)):
+        if case.label in ("float x nvfp4", "fp8 x fp8"):
+            kernel = kernels.find("qdot", case.lhs, case.rhs, "cpu", case.shapes, backend="xla_decode")
+            sets = [case.arrays(i, None) for i in range(3)]
+            one, y = benchmark.runner("xla_decode", "xla", case.run(kernel), sets, 16, True)
+            assert (y.dtype, y.shape, one.each) == (jnp.bfloat16, (16, 64), 3)
+            assert kernel_cases.wrong(case, y) is None
+            assert len(one.step()) == 3 and benchmark._rates(case, one, 1e-3, None)["of_limit"] is None
+    assert {name for name, limit in benchmark.LIMITS.items() if {8, 16} <= set(limit.flops)} == set(benchmark.LIMITS)
+
+
 def test_the_most_telling_products_come_first():
     first = kernel_cases.order(kernel_cases.LLAMA, kernel_cases.GPU_ROWS)[:6]
     assert first[0] == (("float", "nvfp4"), (28672, 4096), 1)

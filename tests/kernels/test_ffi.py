@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Shapes, commands, ffi_build, ffi_gemm
@@ -120,6 +122,20 @@ def test_every_axis_under_vmap(library):
     for j, weight in enumerate((one.rhs, two.rhs)):
         for i, rows in enumerate((one.lhs, two.lhs, one.lhs)):
             np.testing.assert_array_equal(y[j, i], run(rows, weight))
+
+
+def test_on_a_mesh(library):
+    """Eight devices call it at the same time, on threads they share: by shard_map, and gathered by jit."""
+    c = case("nvfp4", 5, 128, 64)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.tree.map(lambda a: P("a") if a.ndim else P(), c.rhs)
+    part = functools.partial(ffi_gemm.ffi_gemm.run, **c.specs | {"n": 16})
+    shared = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(P(), specs), out_specs=P(None, "a")))
+    for _ in range(20):
+        y = shared(c.lhs, c.rhs)
+    assert_within(y, c.y, c.bound)
+    placed = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), c.rhs, specs)
+    assert_within(jax.jit(functools.partial(ffi_gemm.ffi_gemm.run, **c.specs))(c.lhs, placed), c.y, c.bound)
 
 
 # ---------------------------------------------------------------------------------------------------- the library
