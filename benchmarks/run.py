@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import algorithms, costs, kernels_cpu
+from benchmarks import algorithms, costs, kernels
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     flags = ["--quick"] if parser.parse_args().quick else []
     costs.main(flags)
     print()
-    kernels_cpu.main(flags)
+    kernels.main(flags)
     print()
     algorithms.main(flags)
 

@@ -46,7 +46,8 @@ def apply(
     Args:
         simulate: float32 quantize-dequantize arithmetic at every site instead of packed kernels; both agree up to
             the order of accumulation.
-        backend: name of one kernel of `jqopt_kernels`, instead of the best for the shapes and the device.
+        backend: a family of kernels (xla, triton, pallas, ffi, reference) or one kernel's name, instead of the best
+            for the shapes and the device; before `jqopt_kernels.using` and what the recipe says.
         device: what to choose kernels for ("cpu", "cuda", "tpu"), to lower for another than JAX's default one.
 
     The model is traced again for each new set of shapes, inside the jit cache; the plan stays. Arguments that are not
@@ -236,7 +237,7 @@ class Executor(Sited):
         It is computed once for a group: its members read one activation and have one input scale.
         """
         spec = decision.input_format
-        codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self.backend, self.device)
+        codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self._backend(decision), self.device)
         static = tensor.input_scale if spec is not None and spec.static else None
         key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
@@ -255,11 +256,14 @@ class Executor(Sited):
         """Activations [*stack, m, k], quantized and dequantized."""
         return _ops.quantize_input(x, spec, scale)
 
-    def product(
-        self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: _ops.InputFormat | None
-    ) -> jax.Array:
+    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, decision: Decision) -> jax.Array:
         """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
-        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=self.backend, device=self.device)
+        spec, backend = decision.input_format, self._backend(decision)
+        return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=backend, device=self.device)
+
+    def _backend(self, decision: Decision) -> str | None:
+        """What the caller of `apply` asked for, or the context the model is traced in, or the recipe."""
+        return self.backend or _ops.asked() or decision.backend or None
 
     def grouped(self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array) -> jax.Array:
         """float32 [m, n]: `taken`, of which `rows` are the values before, in groups, each times its expert."""
@@ -344,7 +348,7 @@ def _dot(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decision: 
     lead = match.tensor.data.shape[:-2]
     rows = fine.transpose(order).reshape(*lead, math.prod(free_shape), match.tensor.layout.k)
     taken = rule.activation(x, (lead, *order), rows, decision, match.tensor)
-    got = rule.product(rows, taken, match.tensor, decision.input_format)
+    got = rule.product(rows, taken, match.tensor, decision)
     more = low_rank(rows, match.tensor)
     got = got if more is None else got + more
     got = got.reshape([*_sizes(match.stack), *free_shape, *_sizes(match.rows)])

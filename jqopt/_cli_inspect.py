@@ -31,10 +31,10 @@ def facts(checkpoint: Checkpoint, rows: Sequence[int], device: str | None = None
 
     Args:
         rows: of the activation, for the choice of kernels: 1 is one token, more a batch or a prompt.
-        device: "cpu", "gpu" or "tpu"; default: this machine's.
+        device: "cpu", "gpu", "tpu", or "cuda:90" with a capability; default: this machine's.
     """
     manifest, plan = checkpoint.manifest, checkpoint.plan()
-    source, device = source_of(checkpoint), device or jax.default_backend()
+    source, device = source_of(checkpoint), device or _ops.here()
     report = stored_report(checkpoint)
     return {
         "directory": str(checkpoint.directory),
@@ -101,8 +101,12 @@ def _site(d: Decision, rows: Sequence[int], device: str) -> dict[str, Any]:
 
 
 def _kernel(weight: Weight, d: Decision, m: int, device: str) -> dict[str, Any]:
-    name = _ops.chosen(weight, d.input_format, m, device)
-    others = [pair for pair in _ops.explain(weight, d.input_format, m, device) if pair[0] != name]
+    backend = d.backend or None
+    try:
+        name = _ops.chosen(weight, d.input_format, m, device, backend)
+    except _ops.NoKernel:
+        name = f"none: the recipe asks for {backend}, which cannot"
+    others = [pair for pair in _ops.explain(weight, d.input_format, m, device, backend) if pair[0] != name]
     return {"rows": m, "kernel": name, "not": {kernel: why for kernel, why in others if why is not None}}
 
 

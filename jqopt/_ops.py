@@ -15,6 +15,12 @@ from jqopt import _numerics
 from jqopt._qtensor import QTensor
 from jqopt.formats import Format
 
+NoKernel = kernels.NoKernelError
+BACKENDS = kernels.backends()
+"""What a recipe may call the kernels it wants: families, and kernels by their names."""
+
+asked, here = kernels.asked, kernels.here
+
 
 class InputFormat(NamedTuple):
     """How a site quantizes its activation: the format, which values share a scale, and whether calibration gave it."""
@@ -98,7 +104,10 @@ def takes_codes(
         return False
     if any(kernel.name == backend for kernel in kernels.KERNELS):
         return True  # one kernel by name: it is run as it is
-    return _find(operand(spec.format, _rows(spec)), _facts(weight), m, backend, device).low_precision
+    try:
+        return _find(operand(spec.format, _rows(spec)), _facts(weight), m, backend, device).low_precision
+    except NoKernel:  # what was asked for may take the values yet; if not, `matmul` says why
+        return False
 
 
 class Activation(NamedTuple):
@@ -358,27 +367,37 @@ def operand(format: Format, granularity: str) -> kernels.Operand:
 
 
 def explain(
-    weight: Weight, spec: InputFormat | None, m: int, device: str | None = None
+    weight: Weight, spec: InputFormat | None, m: int, device: str | None = None, backend: str | None = None
 ) -> list[tuple[str, str | None]]:
     """For one product: every kernel of the table with None (it can) or the reason why not, in order of preference."""
     if weight.format.then is not None:
         return [(TWICE, None)]
     lhs = FLOAT if spec is None else operand(spec.format, _rows(spec))
     rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
-    return kernels.explain("qdot", lhs, rhs, device or kernels.here(), shapes)
+    device = device or kernels.here()
+    wanted = {name for name, _ in kernels.explain("qdot", lhs, rhs, device, shapes, backend)}
+    rows = [(k.name, k.supports(lhs, rhs, device, shapes)) for k in kernels.KERNELS if k.op == "qdot"]
+    return [(name, why if name in wanted else f"not what was asked for, {backend or asked()}") for name, why in rows]
 
 
-def chosen(weight: Weight, spec: InputFormat | None, m: int, device: str | None = None) -> str:
-    """The kernel that `matmul` runs such a product with; where none multiplies codes, the activation is decoded."""
+def chosen(
+    weight: Weight, spec: InputFormat | None, m: int, device: str | None = None, backend: str | None = None
+) -> str:
+    """The kernel that `matmul` runs such a product with; where none multiplies codes, the activation is decoded.
+
+    Raises:
+        NoKernel: what was asked for by `backend` cannot.
+    """
     if weight.format.then is not None:
         return TWICE
-    rhs, shapes = operand(weight.format, weight.granularity), kernels.Shapes(m, weight.n, weight.k)
-    device = device or kernels.here()
     if spec is not None:
-        kernel = kernels.find("qdot", operand(spec.format, _rows(spec)), rhs, device, shapes)
-        if kernel.low_precision:
+        try:
+            kernel = _find(operand(spec.format, _rows(spec)), weight, m, backend, device)
+        except NoKernel:
+            kernel = None
+        if kernel is not None and kernel.low_precision:
             return kernel.name
-    return kernels.find("qdot", FLOAT, rhs, device, shapes).name
+    return _find(FLOAT, weight, m, backend, device).name
 
 
 def qtake(weight: QTensor, indices: jax.Array) -> jax.Array:

@@ -24,7 +24,8 @@ from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-VERSION = 3  # 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`
+# 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`; 4: `backend`
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Decision:
     takes: str = ""  # keys of the sites whose input's scale goes into this weight
     rotation: int = 0  # block of the Hadamard transform of the input
     rank: int = 0  # of the low-rank part beside the packed weight
+    backend: str = ""  # family or name of the kernels that the recipe asks for; "": the best there are
     layout: Layout | None = None
     outer: tuple[int, ...] = ()  # leading stack axes that have their own input scale
     dtype: str = ""
@@ -302,10 +304,14 @@ def _decide(
     note, input_spec = "", rule.input
     if site.op == "gather" and input_spec is not None:
         note, input_spec = "input left alone: a lookup multiplies nothing", None
-    spec = rule.weight
+    spec, backend = rule.weight, rule.backend or recipe.backend or ""
+    if backend and (site.op != "dot_general" or spec.element_format().then is not None):
+        told = f"backend {backend} left alone: this {site.op} decodes its weight"
+        note, backend = "; ".join(filter(None, (note, told if rule.backend else ""))), ""
     plain = dataclasses.replace(
         plain, weight=spec, input=input_spec, algorithm=_algorithms(rule.algorithm or recipe.algorithm, rule, own),
-        rule=rule.where, layout=layout, outer=site.outer, dtype=str(graph.parameters[site.path or ""].dtype),
+        rule=rule.where, backend=backend, layout=layout, outer=site.outer,
+        dtype=str(graph.parameters[site.path or ""].dtype),
     )  # fmt: skip
     try:
         calibrator(input_spec)

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from yaml.composer import ComposerError
 from yaml.scanner import ScannerError
 
-from jqopt import formats
+from jqopt import _ops, formats
 from jqopt._recipe_base import Model as _Model
 from jqopt._recipe_base import canonical as _canonical
 from jqopt._recipe_base import choice as _choice
@@ -378,6 +378,7 @@ _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
 _Block = Annotated[int | tuple[int, int], PlainValidator(_block), WithJsonSchema({"anyOf": [_SIZE, _PAIR]})]
 _OperandScaling = Annotated[str, PlainValidator(_choice(*OPERAND_SCALINGS)), _one_of(OPERAND_SCALINGS)]
 _OperandGranularity = Annotated[str, PlainValidator(_choice(*OPERAND_GRANULARITIES)), _one_of(OPERAND_GRANULARITIES)]
+_Backend = Annotated[str, PlainValidator(_choice(*_ops.BACKENDS)), _one_of(_ops.BACKENDS)]
 _Schema = Annotated[int, PlainValidator(_schema_version), WithJsonSchema({"type": "integer", "const": SCHEMA})]
 _FUSE_SCHEMA = {"type": "array", "items": {"type": "array", "items": {"type": "string"}, "minItems": 2}}
 _Fuse = Annotated[tuple[tuple[str, ...], ...], PlainValidator(_fuse), WithJsonSchema(_FUSE_SCHEMA)]
@@ -671,6 +672,7 @@ class Rule(_Model):
     weight: Annotated[_SpecInput, AfterValidator(_as_weight)] | None = _key("how the weight is quantized")
     input: Annotated[_SpecInput, AfterValidator(_as_input)] | None = _key("how the activation is quantized")
     algorithm: _Algorithms | None = _key("in place of the recipe's algorithm")
+    backend: _Backend | None = _key("in place of the recipe's backend")
     optional: _Truth = Field(default=False, description="no error if it matches nothing")
 
     _where: str = pydantic.PrivateAttr("")
@@ -678,7 +680,7 @@ class Rule(_Model):
 
     @pydantic.model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
-        given = [key for key in ("weight", "input", "algorithm") if getattr(self, key) is not None]
+        given = [key for key in ("weight", "input", "algorithm", "backend") if getattr(self, key) is not None]
         if self.keep and given:
             raise ValueError(f"keep: true leaves the site in high precision, yet {given[0]!r} is given; leave one out")
         if not self.keep and self.input is not None and self.weight is None:
@@ -714,6 +716,7 @@ class Rule(_Model):
         data |= {"keep": True} if self.keep else {}
         data |= {role: spec.to_dict() for role in ("weight", "input") if (spec := getattr(self, role)) is not None}
         data |= {"algorithm": _short_algorithm(self.algorithm)} if self.algorithm else {}
+        data |= {"backend": self.backend} if self.backend else {}
         return data | ({"optional": True} if self.optional else {})
 
 
@@ -731,6 +734,7 @@ class Recipe(_Model):
     kv_cache: _KvCache | None = _key("how attention's keys and values are quantized, as a cache would hold them")
     attention: AttentionSpec | None = _key("how attention's operands q, k, v and p are quantized")
     algorithm: _Algorithms = Field(default=(MAX,), description="how scales are found: a name, or a list in order")
+    backend: _Backend | None = _key("the kernels to run with: a family or one by its name; default: the best there are")
     train: TrainSpec | None = _key("how the weights that the rules quantize are trained: the operands of each GEMM")
     layerwise: _Truth | None = _key("solve each layer on what the quantized layers before it give")
     fuse: _Fuse | None = _key("sets of patterns: weights that share a scale, in place of what the dataflow says")
@@ -770,6 +774,7 @@ class Recipe(_Model):
         data["rules"] = [rule.to_dict() for rule in self.rules]
         data |= {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
         data |= {} if self.attention is None else {"attention": self.attention.to_dict()}
+        data |= {} if self.backend is None else {"backend": self.backend}
         data |= {} if self.train is None else {"train": self.train.to_dict()}
         data |= {} if self.fuse is None else {"fuse": [list(patterns) for patterns in self.fuse]}
         data |= {} if self.layerwise is None else {"layerwise": self.layerwise}
@@ -899,7 +904,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     _refuse_idle(file, rules, part.operands)
     update = {
         "rules": rules, "extends": (), "algorithm": part.algorithm or (MAX,), "fuse": part.fuse,
-        "layerwise": part.layerwise, "train": part.train,
+        "layerwise": part.layerwise, "train": part.train, "backend": part.backend,
     }  # fmt: skip
     return part.recipe.model_copy(update=update | _split_operands(part.operands))
 
@@ -921,6 +926,7 @@ class _Part:
     fuse: tuple[tuple[str, ...], ...] | None
     layerwise: bool | None
     train: TrainSpec | None
+    backend: str | None
     operands: dict[str, OperandSpec]
 
 
@@ -944,6 +950,7 @@ def _part(file: _File, chain: tuple[_File, ...], seen: set[str]) -> _Part:
         next((part.fuse for part in (recipe, *bases) if part.fuse is not None), None),
         next((part.layerwise for part in (recipe, *bases) if part.layerwise is not None), None),
         next((part.train for part in (recipe, *bases) if part.train is not None), None),
+        next((part.backend for part in (recipe, *bases) if part.backend is not None), None),
         functools.reduce(lambda above, base: {**base.operands, **above}, bases, _placed_operands(recipe, file)),
     )
 

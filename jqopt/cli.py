@@ -72,12 +72,15 @@ class DtypeName(enum.StrEnum):
     FLOAT16 = "float16"
 
 
-class Device(enum.StrEnum):
-    """What --device takes."""
+DEVICES = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
-    CPU = "cpu"
-    GPU = "gpu"
-    TPU = "tpu"
+
+def _device(value: str | None) -> str | None:
+    """What --device takes: a platform, or "cuda:90" with its capability."""
+    name, colon, capability = (value or "cpu").partition(":")
+    if name in DEVICES and (not colon or (name == "cuda" and capability.isdigit())):
+        return value
+    raise typer.BadParameter(f"{value!r}: write one of {', '.join(DEVICES)}, or cuda:90 for a capability of 9.0")
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
@@ -343,7 +346,9 @@ def inspect(
     rows: Annotated[
         list[int] | None, typer.Option("--rows", min=1, help="Rows of the activation to choose kernels for.")
     ] = None,
-    device: Annotated[Device | None, typer.Option(help="Choose kernels for it.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help=f"Choose kernels for it: {', '.join(DEVICES)} or cuda:90.", callback=_device)
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Shown:
@@ -351,7 +356,7 @@ def inspect(
     from jqopt import _cli_inspect
     from jqopt.export.checkpoint import Checkpoint as Opened
 
-    facts = _cli_inspect.facts(Opened(checkpoint), rows or [1, 512], None if device is None else device.value)
+    facts = _cli_inspect.facts(Opened(checkpoint), rows or [1, 512], device)
     return Shown(facts, _cli_inspect.text(facts))
 
 

@@ -14,6 +14,7 @@ import pytest
 DEVICES = "--xla_force_host_platform_device_count=8"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JQOPT_KERNELS_CACHE"] = os.devnull  # a library that someone built is not chosen; tests build their own
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import typer
 from flax import linen as nn
 
 import jqopt
-from jqopt import _cli_inspect, _ops
+from jqopt import _cli_inspect, _ops, cli
 from jqopt.export.checkpoint import Checkpoint
 
 RECIPES = ["int8", "int8_per_token", "int8_weight_only", "fp8", "mxfp8", "nvfp4", "nvfp4_weight_only", "mxfp6"]
@@ -50,8 +51,17 @@ def test_reasons_are_for_the_asked_device(tmp_path):
     model, x = nn.Dense(96), jnp.zeros((4, 64))
     variables = model.init(jax.random.key(1), x)
     jqopt.save(tmp_path / "q", jqopt.quantize_model(model, "int8", params=variables, batches=[x]))
-    for device in ("cpu", "gpu", "tpu"):
+    for device in ("cpu", "gpu", "tpu", "cuda:90", "cuda:100"):
         facts = _cli_inspect.facts(Checkpoint(tmp_path / "q"), [1, 64], device)
         assert facts["device"] == device
         assert all(k["kernel"] for k in facts["sites"][0]["kernels"])
         assert f"kernels on {device}:" in _cli_inspect.text(facts)
+        told = {name for k in facts["sites"][0]["kernels"] for name in (k["kernel"], *k["not"])}
+        assert ("ffi_gemm" in told) and any(name.startswith("xla_") for name in told)
+
+
+def test_what_a_device_may_be_called():
+    assert [cli._device(d) for d in (None, "cpu", "gpu", "cuda", "cuda:90")] == [None, "cpu", "gpu", "cuda", "cuda:90"]
+    for wrong in ("h200", "cuda:", "cuda:9.0", "cpu:1", "tpu:90"):
+        with pytest.raises(typer.BadParameter, match="or cuda:90"):
+            cli._device(wrong)

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Where each import package lives in the repository and in the wheel.
 HOMES = {"jqopt": "jqopt", "kernels/jqopt_kernels": "jqopt_kernels", "recipes": "jqopt/recipes"}
 INFO = f"jqopt-{jqopt.__version__}.dist-info/"
-SHIPPED = {".py", ".yaml", ".typed", ".html", ".json"}
+SHIPPED = {".py", ".yaml", ".typed", ".html", ".json", ".h", ".cc"}
 
 
 def run(*command: object, cwd: pathlib.Path) -> str:

@@ -581,7 +581,7 @@ MISTAKES = [
     (rule("weight: {format:int8}"), 4, "put a space after the colon: 'format: int8'"),
     (rule("weight: {frmt: int8}"), 4, "unknown key 'frmt'; did you mean 'format'?"),
     (rule("weight: {block: 32}"), 4, "without 'format'; write {format: int8, ...}"),
-    (rule("weight: int8\n    activation: int8"), 5, "Known: match, keep, weight, input, algorithm, optional"),
+    (rule("weight: int8\n    activation: int8"), 5, "Known: match, keep, weight, input, algorithm, backend, optional"),
     ('rules:\n  - {match: {shape: {rnk: 2}}, weight: int8}', 3, "did you mean 'rank'?"),
     (rule("weight: int8\n    weight: int4"), 5, "the key 'weight' stands twice, first in line 4"),
     ("rules:\n  - {weight: int8}", 3, "rules[0]: the key 'match' is missing"),

@@ -65,7 +65,7 @@ def export(
     axes: Mapping[str, Sequence[str | int | None]] | None = None,
     inputs: Any = None,
     platforms: Sequence[str] = ("cpu",),
-    backend: str | None = None,
+    backend: str = "xla",
     overwrite: bool = False,
 ) -> Exported:
     """Writes a folder that runs with JAX alone: a program for each platform, the weights, and a manifest.
@@ -79,8 +79,8 @@ def export(
             ("batch", "length"), the first axis of anything else is "batch", and the others are as in `inputs`.
         inputs: one batch of arrays or shapes, default those the model was quantized with. What is no array is fixed.
         platforms: of "cpu", "cuda", "rocm", "tpu": one program each, lowered on this machine.
-        backend: name of one kernel or family of `jqopt_kernels` for all sites; default "xla": what others compile to is
-            no StableHLO, and is bound to a chip.
+        backend: a family of kernels or one kernel's name, for all sites and whatever the recipe says. Programs of
+            others than "xla" and "reference" call code that a process with JAX alone does not have.
         overwrite: replace the artifact that is there.
 
     Raises:
@@ -175,9 +175,9 @@ def _check_platforms(platforms: Sequence[str]) -> None:
         raise UnsupportedError(f"platforms={platforms!r}: expected some of {PLATFORMS}, each once")
 
 
-def _lower(qm: Any, platform: str, call: Call, backend: str | None) -> tuple[Any, Any]:
+def _lower(qm: Any, platform: str, call: Call, backend: str) -> tuple[Any, Any]:
     """(jax.export's Exported of a function of (weights, inputs), the outline of the model's output)."""
-    run, leaves, treedef = _apply.apply(qm.plan, backend=backend or "xla", device=platform), *jax.tree.flatten(qm.quant)
+    run, leaves, treedef = _apply.apply(qm.plan, backend=backend, device=platform), *jax.tree.flatten(qm.quant)
     impls = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
     outlines: list[Any] = []
 

@@ -30,7 +30,15 @@ def decisions(plan: Plan) -> dict[tuple[str, str], Decision]:
         if d.path is not None and d.weight is not None:
             packed = quantized[d.path]
             slim = Decision(
-                d.path, d.op, d.path, d.weight, d.input, group=d.path, layout=packed.layout, outer=packed.outer
+                d.path,
+                d.op,
+                d.path,
+                d.weight,
+                d.input,
+                group=d.path,
+                backend=d.backend,
+                layout=packed.layout,
+                outer=packed.outer,
             )
             found.setdefault((d.path, d.op), slim)
     return found

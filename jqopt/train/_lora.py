@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from jqopt import _apply, _ops, _stage
 from jqopt._apply import Executor, Quantized
-from jqopt._ops import InputFormat
-from jqopt._plan import Plan
+from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
 from jqopt.errors import PlanError, UnsupportedError
 from jqopt.train._simulated import products
@@ -43,8 +42,8 @@ class Adapted(QTensor):
 class Adapter(Executor):
     """The executor's rule, with the adapter's product beside the packed one."""
 
-    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: InputFormat | None) -> jax.Array:
-        packed = super().product(rows, taken, tensor, spec)
+    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, decision: Decision) -> jax.Array:
+        packed = super().product(rows, taken, tensor, decision)
         if not isinstance(tensor, Adapted):
             return packed
         return packed + tensor.gain * products(products(rows.astype(jnp.float32), tensor.a), tensor.b)

@@ -58,7 +58,7 @@ class Trainer(Executor):
             return super().quantized_input(x, spec, scale)
         return _straight.static_input(x, scale, spec, learn)
 
-    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, spec: InputFormat | None) -> jax.Array:
+    def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, decision: Decision) -> jax.Array:
         return products(taken.x.astype(jnp.float32), tensor.matrix())
 
     def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:

@@ -3,12 +3,15 @@
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
 from .attend import Attention
+from .ffi_build import BuildError, build
 from .quantize_way import Random, Way
-from .table import KERNELS, KernelRefusal, NoKernelError, explain, find
+from .table import FAMILIES, KERNELS, KernelRefusal, NoKernelError, asked, backends, explain, find, using
 
 __all__ = [
+    "FAMILIES",
     "KERNELS",
     "Attention",
+    "BuildError",
     "Kernel",
     "KernelRefusal",
     "NoKernelError",
@@ -17,7 +20,11 @@ __all__ = [
     "Random",
     "Shapes",
     "Way",
+    "asked",
+    "backends",
+    "build",
     "explain",
     "find",
     "here",
+    "using",
 ]

@@ -1,11 +1,11 @@
-"""The command `jqopt-kernels`: lists kernels, and tunes the Triton ones on the GPU at hand."""
+"""The command `jqopt-kernels`: lists kernels, builds those in C++, tunes the Triton ones on the GPU at hand."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import tune
+from . import ffi_build, tune
 from ._device import here
 from ._types import Operand, Shapes
 from .table import KERNELS, explain
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"), help="of the weight")
         one.set_defaults(run=run)
     table.add_argument("--m", type=int, default=1, help="rows of the activation")
+    build = commands.add_parser("build", help="compile the C++ kernels for the CPU into the user's cache")
+    build.add_argument("--force", action="store_true", help="also where they are there")
+    build.set_defaults(run=_build)
     return parser
 
 
@@ -66,3 +69,11 @@ def _tune(asked: argparse.Namespace) -> None:
         for result in found:
             print(f"{result.kernel} {result.key}: {result.microseconds:.1f} us {result.tile}")
         print(f"written to {path}")
+
+
+def _build(asked: argparse.Namespace) -> None:
+    path = ffi_build.build(force=asked.force)
+    found = ffi_build.library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    print(f"{path}\ninstruction sets of this processor: {', '.join(found.isas)}")

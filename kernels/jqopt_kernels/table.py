@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from contextlib import AbstractContextManager
+
+import jax
+
 from ._types import Kernel, Operand, Shapes
 from .attend import reference_attend, xla_attend
+from .ffi_gemm import ffi_gemm
 from .pallas_attend import pallas_attend
 from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
 from .pallas_grouped import pallas_ragged
@@ -24,6 +30,7 @@ KERNELS: tuple[Kernel, ...] = (
     triton_gemv,
     triton_skinny,
     triton_gemm,
+    ffi_gemm,
     xla_tiled_bf16,
     xla_tiled,
     pallas_gemv,
@@ -40,6 +47,41 @@ KERNELS: tuple[Kernel, ...] = (
     xla_attend,
     reference_attend,
 )
+
+FAMILIES = ("xla", "triton", "pallas", "ffi", "reference")
+
+# JAX keeps what was traced under one value of it apart from what was traced under another.
+_ASKED = jax.make_user_context(None)
+
+
+def backends(op: str = "qdot") -> tuple[str, ...]:
+    """What may be asked for in place of the first that can: a family of kernels, or one kernel of `op` by its name."""
+    return (*FAMILIES, *(k.name for k in KERNELS if k.op == op and k.name not in FAMILIES))
+
+
+def using(backend: str) -> AbstractContextManager:
+    """Within it, `find` takes the kernels of this family or name only, where its caller names none.
+
+        with jqopt_kernels.using("xla"):
+            y = model(quant, x)
+
+    Kernels are chosen when a function is traced, and JAX traces again for each value: what was jitted outside is not
+    what runs inside. Takes effect in this thread.
+
+    Raises:
+        ValueError: no family and no kernel has that name.
+    """
+    every = (*FAMILIES, *(k.name for k in KERNELS if k.name not in FAMILIES))
+    if backend not in every:
+        close = difflib.get_close_matches(str(backend), every, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"no kernel or family is called {backend!r}{hint} Known: {', '.join(every)}")
+    return _ASKED(backend)
+
+
+def asked() -> str | None:
+    """The backend that `using` asks for here, or None."""
+    return _ASKED.value
 
 
 class KernelRefusal(Exception):
@@ -67,15 +109,16 @@ def explain(
 
     backend: only the kernel of this name, or the kernels of this family (xla, triton, pallas, ffi, reference).
     """
-    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in _candidates(op, backend)]
+    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in _candidates(op, backend or asked())]
 
 
 def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None) -> Kernel:
-    """The first kernel of `op` that can do it; with `backend`, of that name or family.
+    """The first kernel of `op` that can do it; with `backend`, or else within `using`, of that name or family.
 
     device: "cpu", "tpu", "gpu", "cuda", "rocm", or "cuda:90" with its capability (`jqopt_kernels.here()`).
     Raises NoKernelError if none can, if the named ones cannot, or if no kernel or family has that name.
     """
+    backend = backend or asked()
     candidates = _candidates(op, backend)
     if not candidates:
         raise _unknown(op, backend)

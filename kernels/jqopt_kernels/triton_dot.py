@@ -152,7 +152,7 @@ def gemv_launch(
     tile: Tile | None = None,
 ):  # fmt: skip
     """(Launch, what to do with its result) of `triton_code.gemv`; `number` is the device's compute capability."""
-    m, n, k = shapes
+    m, n, k, _ = shapes
     x, w = _side(lhs, lhs_spec, m, k), _side(rhs, rhs_spec, n, k)
     bits = decode.CODINGS[rhs_spec.element].bits
     tile = tile or _tiles.find("triton_gemv", bits, 8 * x.data.dtype.itemsize, shapes, number)
@@ -174,7 +174,7 @@ def dot_launch(
     kernel: str, tile: Tile | None = None,
 ):  # fmt: skip
     """(Launch, what to do with its result) of `triton_code.product` with the tiles of `kernel`."""
-    m, n, k = shapes
+    m, n, k, _ = shapes
     x, w = _side(lhs, lhs_spec, m, k), _side(rhs, rhs_spec, n, k)
     bits, fp8 = decode.CODINGS[rhs_spec.element].bits, kernel == "triton_fp8_block"
     tile = tile or _tiles.find(kernel, bits, 8 * x.data.dtype.itemsize, shapes, number)

@@ -1,0 +1,159 @@
+"""What `benchmarks.kernels` measures: for each op, the products a model has, most telling first, and their arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jqopt_kernels as kernels
+from jqopt_kernels import Operand, Packed, Shapes, reference
+
+FLOAT = Operand("float")
+FORMATS = {
+    "nvfp4": Operand("e2m1", 16, "e4m3", "block", global_scale=True),
+    "fp8": Operand("e4m3", None, "float32", "tensor"),
+    "fp8_block": Operand("e4m3", (128, 128), "float32", "block"),
+    "mxfp4": Operand("e2m1", 32, "e8m0", "block"),
+    "int4": Operand("int4", 128, "float32", "block"),
+    "int8": Operand("int8", None, "float32", "channel"),
+    "mxfp8": Operand("e4m3", 32, "e8m0", "block"),
+    "uint4": Operand("uint4", 128, "float32", "block", zero_point=True),
+    "mxint8": Operand("int8", 32, "e8m0", "block"),
+    "nf4": Operand("nf4", 64, "float32", "block"),
+    "mxfp6": Operand("e3m2", 32, "e8m0", "block"),
+}
+LHS = {**FORMATS, "fp8_block": Operand("e4m3", 128, "float32", "block"), "float": FLOAT}
+# (lhs, rhs): weights alone first, then both sides
+PAIRS = (
+    ("float", "nvfp4"), ("fp8", "fp8"), ("nvfp4", "nvfp4"), ("fp8_block", "fp8_block"), ("float", "mxfp4"),
+    ("float", "int4"), ("float", "fp8"), ("int8", "int8"), ("fp8", "nvfp4"), ("float", "int8"),
+    ("mxfp8", "mxfp8"), ("mxfp4", "mxfp4"), ("float", "mxfp8"), ("float", "fp8_block"), ("float", "uint4"),
+    ("float", "mxint8"), ("float", "nf4"), ("float", "mxfp6"),
+)  # fmt: skip
+BITS = {"e2m1": 4, "int4": 4, "uint4": 4, "nf4": 4, "e3m2": 6}
+
+# (n, k) of Llama 3's projections: gate and up, q k and v, down, output; of 8B and of 70B
+LLAMA = (
+    *((28672, 4096), (6144, 4096), (4096, 14336), (4096, 4096)),
+    *((57344, 8192), (10240, 8192), (8192, 28672), (8192, 8192)),
+)
+GPU_ROWS = (1, 16, 4096, 4, 64, 256, 8, 32, 2)
+CPU_SHAPES = ((4096, 4096), (1024, 1024))
+CPU_ROWS = (1, 16, 4, 64)
+TOLERANCE = 1e-5  # of the largest value of the result: float32 sums in another order
+
+
+class Case(NamedTuple):
+    """One op on one set of sizes and formats.
+
+    arrays(copy, rows) -> the arguments of a kernel's `run`; `rows`: only the first of the activation's.
+    baseline(copy) -> arguments of `plain`, what a user without quantization would run.
+    """
+
+    op: str
+    label: str
+    lhs: Operand
+    rhs: Operand
+    shapes: Shapes
+    arrays: Callable[[int, int | None], tuple[Any, Any]]
+    baseline: Callable[[int], tuple[Any, Any]]
+    plain: Callable[[Any, Any], jax.Array]
+    dtype: Any
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.shapes.m * self.shapes.n * self.shapes.k
+
+    def run(self, kernel: kernels.Kernel) -> Callable[[Any, Any], jax.Array]:
+        """The kernel as a function of (lhs, rhs)."""
+        static = {"lhs_spec": self.lhs, "rhs_spec": self.rhs, "n": self.shapes.n, "k": self.shapes.k}
+        return lambda x, w: kernel.run(x, w, **static, out_dtype=self.dtype)
+
+
+def order(shapes: tuple, rows: tuple) -> list[tuple[tuple[str, str], tuple[int, int], int]]:
+    """(formats, (n, k), m), those first that are near the head of all three lists."""
+    every = [
+        (3 * i + 4 * j + 2 * h, pair, shape, m)
+        for i, pair in enumerate(PAIRS)
+        for j, shape in enumerate(shapes)
+        for h, m in enumerate(rows)
+    ]
+    return [(pair, shape, m) for _, pair, shape, m in sorted(every, key=lambda one: one[0])]
+
+
+def qdot(is_gpu: bool, shapes: tuple | None = None, rows: tuple | None = None) -> Iterator[Case]:
+    """Products of a model's projections: Llama's on a GPU, two square ones on a CPU."""
+    dtype = jnp.bfloat16 if is_gpu else jnp.float32
+    for (left, right), (n, k), m in order(
+        shapes or (LLAMA if is_gpu else CPU_SHAPES), rows or (GPU_ROWS if is_gpu else CPU_ROWS)
+    ):
+        lhs, rhs = LHS[left], FORMATS[right]
+        yield Case(
+            "qdot", f"{left} x {right}", lhs, rhs, Shapes(m, n, k),
+            _arrays(lhs, rhs, m, n, k, dtype), _floats(m, n, k, dtype), dot, dtype,
+        )  # fmt: skip
+
+
+# Ops with a function (is_gpu) -> cases. An op of the table that is not here is named in the report.
+CASES: dict[str, Callable[..., Iterator[Case]]] = {"qdot": qdot}
+
+
+def _arrays(lhs: Operand, rhs: Operand, m: int, n: int, k: int, dtype: Any) -> Callable:
+    def make(copy: int, rows: int | None) -> tuple[Any, Any]:
+        x = _x(m, k, dtype)[:rows] if lhs == FLOAT else operand(lhs, m, k, is_packed=False)
+        if isinstance(x, Packed) and rows is not None:
+            tall = x.scale is not None and x.scale.shape[0] == m
+            x = x._replace(data=x.data[:rows], scale=x.scale[:rows] if tall and x.scale is not None else x.scale)
+        return x, operand(rhs, n, k, is_packed=True, seed=1 + copy)
+
+    return make
+
+
+def _floats(m: int, n: int, k: int, dtype: Any) -> Callable:
+    return lambda copy: (_x(m, k, dtype), jax.random.normal(jax.random.key(1 + copy), (n, k), dtype))
+
+
+def _x(m: int, k: int, dtype: Any) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (m, k), dtype)
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [m, k] times w [n, k], transposed: what a user without quantization runs."""
+    out = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def operand(spec: Operand, rows: int, k: int, *, is_packed: bool, seed: int = 0) -> Packed:
+    """Random codes and scales between 0.5 and 2."""
+    rng, bits = np.random.default_rng(seed), BITS.get(spec.element, 8)
+    high, width = (256, -(-k * bits // 8)) if is_packed else (1 << bits, k)
+    data = rng.integers(0, high, (rows, width), np.uint8)
+    if spec.element == "e4m3":  # exponents of at most 2^-1: no NaN, and sums in which no single product rules
+        data &= 0xB7
+    data = data.view(np.int8) if spec.element == "int8" else data
+    shape = {"tensor": (1, 1), "channel": (rows, 1)}.get(spec.granularity or "")
+    if shape is None:
+        bn, bk = spec.block if isinstance(spec.block, tuple) else (1, spec.block or k)
+        shape = (-(-rows // bn), -(-k // bk))
+    if spec.scale == "float32":
+        scale = rng.uniform(0.5, 2, shape).astype(np.float32)
+    else:  # bits of 0.5 to 1.875, of 0.5 to 2
+        scale = rng.integers(*{"e4m3": (0x30, 0x40), "e8m0": (126, 129)}[spec.scale or "e4m3"], shape, np.uint8)
+    zero = jnp.full(shape, 8, jnp.uint8) if spec.zero_point else None
+    return Packed(jnp.asarray(data), jnp.asarray(scale), jnp.float32(1.5) if spec.global_scale else None, zero)
+
+
+def wrong(case: Case, y: jax.Array, most: int = 16) -> str | None:
+    """How far the first rows of a result are from the oracle's, where that is too far."""
+    x, w = case.arrays(0, most)
+    static = {"lhs_spec": case.lhs, "rhs_spec": case.rhs, "n": case.shapes.n, "k": case.shapes.k}
+    want = np.asarray(jax.jit(lambda x, w: reference.qdot(x, w, **static))(x, w), np.float64)
+    error = np.abs(np.asarray(y[:most].astype(jnp.float32), np.float64) - want)
+    allowed = TOLERANCE * np.abs(want).max() + (2.0**-8 * np.abs(want) if case.dtype == jnp.bfloat16 else 0)
+    if np.all(error <= allowed):
+        return None
+    return f"WRONG: {error.max():.3g} from the oracle, whose largest value is {np.abs(want).max():.3g}"

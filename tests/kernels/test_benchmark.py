@@ -1,0 +1,81 @@
+"""The benchmark of kernels: every kernel of the table has rows with numbers or a reason, and a wrong one is caught."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+import jqopt_kernels as kernels
+from benchmarks import kernel_cases
+from benchmarks import kernels as benchmark
+
+
+def rows_of(path, *flags: str) -> list[dict]:
+    benchmark.main(["--op", "qdot", "--size", "64", "--json", str(path), *flags])
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(benchmark, "CHUNK_S", 0.0)
+    monkeypatch.setattr(benchmark, "limit_of", lambda device: benchmark.Limit(1e9, {32: 1e9}))
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_kernel_has_rows(tmp_path, capsys):
+    rows = rows_of(tmp_path / "out.json", "--only", "float x nvfp4", "int8 x int8", "--rows", "1", "5")
+    assert {r["kernel"] for r in rows} - {"float"} == {
+        k.name for k in kernels.KERNELS if k.op == "qdot" and k.backend != "reference"
+    }
+    timed = [r for r in rows if r["status"] == "ok"]
+    assert {"float", "xla_tiled", "xla_int8", "xla_decode"} <= {r["kernel"] for r in timed}
+    for r in timed:
+        least = max(2 * r["m"] * 64 * 64 / 1e9, r["gb_s"] * r["microseconds"] * 1e-6)  # of 1 GFLOP/s and 1 GB/s
+        assert r["of_limit"] == pytest.approx(least / (r["microseconds"] * 1e-6))
+        assert r["tflop_s"] == pytest.approx(2 * r["m"] * 64 * 64 / r["microseconds"] / 1e6)
+    said = capsys.readouterr().out
+    assert "refused by xla_int8 (2 products, such as float x nvfp4, m=1): lhs is float, not int8" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_budget_leaves_out_is_told(tmp_path, capsys):
+    assert rows_of(tmp_path / "out.json", "--budget-s", "0", "--rows", "1") == []
+    assert f"not run, the budget of 0 s is over: {len(kernel_cases.PAIRS)} products: float x nvfp4" in (
+        capsys.readouterr().out
+    )
+
+
+def test_an_op_without_a_case_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CASES", {})
+    monkeypatch.setattr(benchmark, "limit_of", lambda device: None)
+    benchmark.main([])
+    said = capsys.readouterr().out
+    for op in {k.op for k in kernels.KERNELS}:
+        assert f"no case for op {op!r}" in said
+
+
+def test_a_wrong_result_is_seen():
+    case = next(kernel_cases.qdot(False, ((64, 64),), (3,)))
+    kernel = next(k for k in kernels.KERNELS if k.name == "xla_decode")
+    y = case.run(kernel)(*case.arrays(0, None))
+    assert kernel_cases.wrong(case, y) is None
+    assert "WRONG" in str(kernel_cases.wrong(case, y.at[2, 7].multiply(1.001) + jnp.float32(0)))
+
+
+def test_the_way_of_a_gpu():
+    """bfloat16, and all copies in one executable; here on the CPU."""
+    for case in kernel_cases.qdot(True, ((64, 128),), (16,)):
+        if case.label in ("float x nvfp4", "fp8 x fp8"):
+            kernel = kernels.find("qdot", case.lhs, case.rhs, "cpu", case.shapes, backend="xla_decode")
+            sets = [case.arrays(i, None) for i in range(3)]
+            one, y = benchmark.runner("xla_decode", "xla", case.run(kernel), sets, 16, True)
+            assert (y.dtype, y.shape, one.each) == (jnp.bfloat16, (16, 64), 3)
+            assert kernel_cases.wrong(case, y) is None
+            assert len(one.step()) == 3 and benchmark._rates(case, one, 1e-3, None)["of_limit"] is None
+    assert {name for name, limit in benchmark.LIMITS.items() if {8, 16} <= set(limit.flops)} == set(benchmark.LIMITS)
+
+
+def test_the_most_telling_products_come_first():
+    first = kernel_cases.order(kernel_cases.LLAMA, kernel_cases.GPU_ROWS)[:6]
+    assert first[0] == (("float", "nvfp4"), (28672, 4096), 1)
+    assert (("float", "nvfp4"), (28672, 4096), 16) in first and (("fp8", "fp8"), (28672, 4096), 1) in first
