@@ -241,15 +241,15 @@ class Executor(Sited):
         static = tensor.input_scale if spec is not None and spec.static else None
         key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
-            taken = self._taken(prepared(rows, tensor), spec, static, codes)
+            taken = self._taken(prepared(rows, tensor), spec, static, codes, self._backend(decision))
             self.values[key] = (x, taken)  # x is kept: its id stays its own
         return self.values[key][1]
 
     def _taken(
-        self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool
+        self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool, backend: str | None
     ) -> _ops.Activation:
         if spec is None or codes:
-            return _ops.activation(rows, spec, scale, codes, self.backend, self.device)
+            return _ops.activation(rows, spec, scale, codes, backend, self.device)
         return _ops.Activation(self.quantized_input(rows, spec, scale))
 
     def quantized_input(self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None) -> jax.Array:
@@ -261,13 +261,15 @@ class Executor(Sited):
         spec, backend = decision.input_format, self._backend(decision)
         return _ops.matmul(taken, tensor, spec, simulate=self.simulate, backend=backend, device=self.device)
 
-    def _backend(self, decision: Decision) -> str | None:
+    def _backend(self, decision: Decision, op: str = "qdot") -> str | None:
         """What the caller of `apply` asked for, or the context the model is traced in, or the recipe."""
-        return self.backend or _ops.asked() or decision.backend or None
+        return self.backend or _ops.asked(op) or decision.backend or None
 
-    def grouped(self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array) -> jax.Array:
+    def grouped(
+        self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array, decision: Decision
+    ) -> jax.Array:
         """float32 [m, n]: `taken`, of which `rows` are the values before, in groups, each times its expert."""
-        return _ops.grouped(taken, tensor, sizes, backend=self.backend, device=self.device)
+        return _ops.grouped(taken, tensor, sizes, backend=self._backend(decision, "ragged"), device=self.device)
 
     def rows(self, tensor: QTensor, index: jax.Array) -> jax.Array:
         """float32 [*index, k]: rows of a table."""
@@ -490,7 +492,7 @@ def _ragged(rule: Executor, eqn: Any, values: Sequence[Any], site: Site, decisio
     y = x if tensor.is_plain else prepared(x, one).astype(x.dtype)
     taken, packed = _input(rule, y, (x.ndim - 1,), decision, weight), _experts(rule, eqn, weight)
     if packed is not None:
-        got = rule.grouped(y, taken, packed, *rest).astype(out.dtype)
+        got = rule.grouped(y, taken, packed, rest[0], decision).astype(out.dtype)
     elif tensor.is_plain:
         got = _jaxpr.bind(eqn, [taken, weight.dense(), *rest])[0]
     else:

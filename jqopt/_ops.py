@@ -224,7 +224,7 @@ def grouped(
 ) -> jax.Array:
     """Rows x [m, k] in consecutive groups of `sizes` [e], each times its packed expert of [e, n, k]: float32 [m, n].
 
-    A backend that names a kernel of another op leaves the choice here open. The gradient goes straight through.
+    A backend without a kernel for groups leaves the choice here open. The gradient goes straight through.
     """
     arrays = kernels.Packed(weight.data, weight.scale, weight.global_scale, weight.zero_point)
     return _grouped_traced_once(x, arrays, sizes, _facts(weight), backend, device)
@@ -236,6 +236,7 @@ def _grouped_traced_once(
 ) -> jax.Array:
     if not any(k.op == "ragged" and backend in (k.name, k.backend) for k in kernels.KERNELS):
         backend = None
+    backend = _partitioned("ragged", backend, device)
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(x.shape[0], facts.n, facts.k, sizes.shape[0])
     kernel = kernels.find("ragged", FLOAT, rhs, device or kernels.here(), shapes, backend=backend)
     return kernel.run(x, arrays, sizes, lhs_spec=FLOAT, rhs_spec=rhs, n=facts.n, k=facts.k)
@@ -268,6 +269,7 @@ def attend(
 
     None where the kernel for this device is XLA's, which decodes all keys and values first: the caller may as well.
     """
+    backend = _partitioned("attend", backend, device)
     specs = [operand(side.format, _rows_of(side.granularity)) for side in (k, v)]
     batch, length, heads, _ = k.data.shape
     shapes = kernels.Shapes(q.shape[1] // heads, length, k.width, batch * heads)
@@ -300,9 +302,22 @@ def _find(
 ) -> kernels.Kernel:
     rows, backend = (m, backend) if isinstance(m, int) else (MANY, backend or "xla")  # others are compiled for sizes
     rhs, shapes = operand(facts.format, facts.granularity), kernels.Shapes(rows, facts.n, facts.k)
-    return kernels.find("qdot", lhs, rhs, device or kernels.here(), shapes, backend=backend)
+    return kernels.find(
+        "qdot", lhs, rhs, device or kernels.here(), shapes, backend=_partitioned("qdot", backend, device)
+    )
 
 
+def _partitioned(op: str, backend: str | None, device: str | None) -> str | None:
+    """Where nobody asks for a backend and there are several devices: XLA's kernels, which it can partition.
+
+    Of a call into any other it would gather the operands, packed weights among them.
+    """
+    alone = device is not None or jax.device_count() == 1
+    return backend or kernels.asked(op) or (None if alone else "xla")
+
+
+BY_TABLE = ("dot_general", "ragged_dot")
+"""Sites whose products the table of kernels has; others decode their weight."""
 TWICE = "float (weights of two formats in sequence have no kernel: they are decoded)"
 FLOAT = kernels.Operand("float", None, None, None)
 _NT = (((1,), (1,)), ((), ()))

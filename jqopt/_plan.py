@@ -13,7 +13,7 @@ import numpy as np
 
 from jqopt import _attention, _recipe, algorithms
 from jqopt._attention import OperandDecision
-from jqopt._ops import InputFormat
+from jqopt._ops import BY_TABLE, InputFormat
 from jqopt._qtensor import Layout
 from jqopt._recipe import MAX, AlgorithmSpec, Recipe, TensorSpec
 from jqopt._table import table
@@ -305,7 +305,7 @@ def _decide(
     if site.op == "gather" and input_spec is not None:
         note, input_spec = "input left alone: a lookup multiplies nothing", None
     spec, backend = rule.weight, rule.backend or recipe.backend or ""
-    if backend and (site.op != "dot_general" or spec.element_format().then is not None):
+    if backend and (site.op not in BY_TABLE or spec.element_format().then is not None):
         told = f"backend {backend} left alone: this {site.op} decodes its weight"
         note, backend = "; ".join(filter(None, (note, told if rule.backend else ""))), ""
     plain = dataclasses.replace(

@@ -48,8 +48,10 @@ class Adapter(Executor):
             return packed
         return packed + tensor.gain * products(products(rows.astype(jnp.float32), tensor.a), tensor.b)
 
-    def grouped(self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array) -> jax.Array:
-        packed = super().grouped(rows, taken, tensor, sizes)
+    def grouped(
+        self, rows: jax.Array, taken: jax.Array, tensor: QTensor, sizes: jax.Array, decision: Decision
+    ) -> jax.Array:
+        packed = super().grouped(rows, taken, tensor, sizes, decision)
         if not isinstance(tensor, Adapted):
             return packed
         down = jax.lax.ragged_dot(rows.astype(jnp.float32), tensor.a.swapaxes(1, 2), sizes)

@@ -62,6 +62,8 @@ def backends(op: str = "qdot") -> tuple[str, ...]:
 def using(backend: str) -> AbstractContextManager:
     """Within it, `find` takes the kernels of this family or name only, where its caller names none.
 
+    An op that has no such kernel is left as it is.
+
         with jqopt_kernels.using("xla"):
             y = model(quant, x)
 
@@ -79,9 +81,9 @@ def using(backend: str) -> AbstractContextManager:
     return _ASKED(backend)
 
 
-def asked() -> str | None:
-    """The backend that `using` asks for here, or None."""
-    return _ASKED.value
+def asked(op: str | None = None) -> str | None:
+    """The backend that `using` asks for here, or None; also None where it has no kernel for `op`."""
+    return _ASKED.value if op is None or _candidates(op, _ASKED.value) else None
 
 
 class KernelRefusal(Exception):
@@ -109,7 +111,7 @@ def explain(
 
     backend: only the kernel of this name, or the kernels of this family (xla, triton, pallas, ffi, reference).
     """
-    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in _candidates(op, backend or asked())]
+    return [(k.name, k.supports(lhs, rhs, device, shapes)) for k in _candidates(op, backend or asked(op))]
 
 
 def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backend: str | None = None) -> Kernel:
@@ -118,7 +120,7 @@ def find(op: str, lhs: Operand, rhs: Operand, device: str, shapes: Shapes, backe
     device: "cpu", "tpu", "gpu", "cuda", "rocm", or "cuda:90" with its capability (`jqopt_kernels.here()`).
     Raises NoKernelError if none can, if the named ones cannot, or if no kernel or family has that name.
     """
-    backend = backend or asked()
+    backend = backend or asked(op)
     candidates = _candidates(op, backend)
     if not candidates:
         raise _unknown(op, backend)
