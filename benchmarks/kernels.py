@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jqopt_kernels as kernels
-from benchmarks.kernel_cases import CASES, Case, dot, wrong
+from benchmarks.kernel_cases import Case, dot, wrong
+from benchmarks.kernel_ops import CASES
 
 ROTATED_BYTES = {"gpu": 160e6, "cpu": 64e6}  # of weights in turn: more than the last cache holds
 MOST_COPIES = 16
@@ -138,7 +139,7 @@ def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(case.arrays(0, 1)[1]))
     sets = [case.arrays(i, None) for i in range(_copies(weight_bytes, is_gpu))]
     width = {jnp.dtype(jnp.bfloat16): 16}.get(jnp.dtype(case.dtype), 32)
-    plain_bytes = case.shapes.n * case.shapes.k * jnp.dtype(case.dtype).itemsize
+    plain_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(case.baseline(0)[1]))
     floats = [case.baseline(i) for i in range(_copies(plain_bytes, is_gpu))]
     running = [runner("float", "xla", case.plain, floats, width, is_gpu)[0]]
     for kernel, why in _candidates(case, device):
@@ -191,7 +192,8 @@ def _rates(case: Case, one: Runner, seconds: float, limit: Limit | None) -> dict
         "gb_s": one.bytes / seconds / 1e9, "tflop_s": case.flops / seconds / 1e12, "of_limit": None,
     }  # fmt: skip
     if limit is not None:
-        row["of_limit"] = max(one.bytes / limit.bytes, case.flops / limit.flops[one.width]) / seconds
+        computing = case.flops / limit.flops[one.width] if case.flops else 0.0  # quantizers only move bytes
+        row["of_limit"] = max(one.bytes / limit.bytes, computing) / seconds
     return row
 
 
@@ -274,7 +276,10 @@ def main(argv: list[str] | None = None) -> None:
         elif asked.op in (None, op):
             shapes = ((asked.size, asked.size),) if asked.size else ((1024, 1024),) if asked.quick else None
             rows = tuple(asked.rows) if asked.rows else (1, 16) if asked.quick else None
-            cases += list(CASES[op](jax.default_backend() != "cpu", shapes, rows))
+            some = CASES[op](jax.default_backend() != "cpu", shapes, rows)
+            # products have a hundred times as many: one case of each other op after every few of theirs
+            cases += [(i if op == "qdot" else 4 * i + 3, case) for i, case in enumerate(some)]
+    cases = [c for _, c in sorted(cases, key=lambda one: one[0])]
     cases = [c for c in cases if asked.only is None or any(word in c.label for word in asked.only)]
     limit = limit_of(device)
     about = f"jax {jax.__version__}, {device.device_kind} ({kernels.here()}), {time.strftime('%Y-%m-%d')}"

@@ -30,3 +30,18 @@ def still_heap() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For files whose tests compile much and compute little: LLVM optimizes nothing, a third of their time.
+
+    Not for files that compare bits, whose point is what XLA makes of a program. What was compiled so does not outlive
+    the file.
+    """
+    import jax  # not above: see this file's first lines
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -18,6 +18,8 @@ import jqopt
 from jqopt import _cli_models, cli
 from jqopt.cli import app
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parents[1]
 
 TOYS = '''

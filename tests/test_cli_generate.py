@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from jqopt.cli import app
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GOLDEN = Path(__file__).parent / "hf" / "golden" / "mistral"
 WORDS = {f"w{i}": i for i in range(40)}
 

@@ -14,6 +14,8 @@ from jqopt import _numerics, formats, kv_cache
 from jqopt.hf import decode
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, LENGTH, HEADS, D = 2, 12, 2, 32
 CAST = {"format": "fp8", "scaling": "cast"}
 SPECS = {

@@ -11,6 +11,8 @@ from flax import linen as nn
 import jqopt
 from jqopt import _calibrate, _layerwise, _quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 class Block(nn.Module):
     @nn.compact

@@ -23,6 +23,8 @@ from tests import dataflow_zoo as models
 from tests import zoo
 from tests.dataflow_zoo import CASES, CLASSES, Free
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-5
 
 

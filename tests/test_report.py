@@ -13,6 +13,8 @@ from flax import nnx
 import jqopt
 from jqopt._report import size
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 X = jax.random.normal(jax.random.key(0), (4, 32))
 
 

@@ -12,6 +12,8 @@ from jqopt import algorithms, formats
 from jqopt.algorithms import InputQuantizer, Problem, chain
 from jqopt.algorithms import _statistics as statistics
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 N, K, TOKENS = 32, 64, 512
 
 

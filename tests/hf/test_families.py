@@ -22,6 +22,8 @@ from jqopt.hf.config import Experts
 from jqopt.hf.mlp import route
 from tests.hf.zoo import CASES, GOLDEN
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FOLDER = Path(__file__).parent / "golden"
 
 

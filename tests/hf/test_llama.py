@@ -12,6 +12,8 @@ import pytest
 from jqopt.errors import UnsupportedError
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM, RopeScaling, causal_attention, rope_frequencies
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import jqopt_kernels as kernels
-from benchmarks import kernel_cases
+from benchmarks import kernel_cases, kernel_ops
 from benchmarks import kernels as benchmark
 
 
@@ -52,6 +52,31 @@ def test_an_op_without_a_case_is_told(monkeypatch, capsys):
     said = capsys.readouterr().out
     for op in {k.op for k in kernels.KERNELS}:
         assert f"no case for op {op!r}" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_ops_are_held_to_their_oracle_and_timed(tmp_path):
+    def timed(op: str, size: int) -> dict:
+        path = tmp_path / f"{op}.json"
+        benchmark.main(["--op", op, "--size", str(size), "--rows", "16", "--json", str(path)])
+        rows = json.loads(path.read_text())["rows"]
+        assert not [r for r in rows if r["status"] == "failed"]
+        return {(r["kernel"], r["formats"]): r for r in rows if r["status"] == "ok"}
+
+    quantized, grouped = timed("quantize", 64), timed("ragged", 64)
+    assert {f for name, f in quantized if name == "xla_quantize"} == set(kernel_ops.TARGETS)
+    one = quantized["xla_quantize", "mxfp8"]
+    assert one["tflop_s"] == 0 and one["gb_s"] * one["microseconds"] == pytest.approx(64 * (2 * 64 + 64 + 2) / 1e3)
+    assert ("xla_ragged", "float x 8 nvfp4") in grouped
+
+
+def test_wrong_codes_are_seen():
+    case = next(kernel_ops.CASES["quantize"](False, ((4, 64),)))
+    kernel = next(k for k in kernels.KERNELS if k.name == "xla_quantize")
+    y = case.run(kernel)(*case.arrays(0, None))
+    assert kernel_cases.wrong(case, y) is None
+    off = y._replace(data=y.data.at[1, 3].add(1))
+    assert "WRONG: 1 of" in str(kernel_cases.wrong(case, off))
 
 
 def test_a_wrong_result_is_seen():
