@@ -20,11 +20,12 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
+from tests import arrays
 
 INIT = nn.initializers.lecun_normal()
 NORMAL = nn.initializers.normal(0.5)
-IMAGE = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-FEATURES = jax.random.normal(jax.random.key(1), (4, 15))
+IMAGE = arrays.normal(0, (2, 8, 8, 3))
+FEATURES = arrays.normal(1, (4, 15))
 VOCAB = 19
 TOKENS = jax.random.randint(jax.random.key(2), (2, 5), 0, VOCAB, jnp.int32)
 SOURCE = jax.random.randint(jax.random.key(3), (2, 7), 0, VOCAB, jnp.int32)

@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 import jqopt
+from tests import arrays
 
 
 def recipe(weight: str, input: str | None = None) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def recipe(weight: str, input: str | None = None) -> dict[str, Any]:
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape) / 4
+    return arrays.normal(seed, shape) / 4
 
 
 def floats(quant: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jqopt
-from tests import zoo
+from tests import arrays, zoo
 
 REFUSED = {zoo.TwoSame: "computed from a by mul", zoo.WeightNorm: "by mul"}
 SITES = {zoo.MHA: 4, zoo.LSTM: 8, zoo.GRU: 6, zoo.Remat: 4, zoo.Scan: 2, zoo.RematScan: 2, zoo.Einsum3: 2, zoo.Tied: 2}
@@ -71,8 +71,8 @@ ALL_FORMATS = [
 @pytest.mark.parametrize(("weight", "activation"), ALL_FORMATS, ids=str)
 def test_every_format_packed_equals_simulated(weight, activation):
     """Odd sizes: k = 70 leaves a short block, n = 33 a short tile, 5 rows."""
-    params = {"w": jax.random.normal(jax.random.key(0), (70, 33))}
-    x = jax.random.normal(jax.random.key(1), (5, 70))
+    params = {"w": arrays.normal(0, (70, 33))}
+    x = arrays.normal(1, (5, 70))
 
     def linear(p, x):
         return x @ p["w"]
@@ -128,7 +128,7 @@ def test_real_low_precision_dots():
 
 
 def test_weights_stay_packed():
-    w, x = jax.random.normal(jax.random.key(0), (256, 128)), jnp.ones((2, 256))
+    w, x = arrays.normal(0, (256, 128)), jnp.ones((2, 256))
     qm = jqopt.quantize_model(lambda p, x: x @ p, "nvfp4_weight_only", params=w, batches=[x])
     leaves = jax.tree.leaves(qm.params)
     assert {str(leaf.dtype) for leaf in leaves} == {"uint8", "float32"}
@@ -138,8 +138,8 @@ def test_weights_stay_packed():
 @pytest.mark.parametrize("recipe", ["int8", "nvfp4", "fp8", "nvfp4_weight_only"])
 def test_gradients_go_straight_through(recipe):
     """dx is dy @ dequantized(w); the gradients of unquantized parameters are those of the simulated model."""
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.zeros(32)}
-    x = jax.random.normal(jax.random.key(1), (4, 64))
+    params = {"w": arrays.normal(0, (64, 32)), "b": jnp.zeros(32)}
+    x = arrays.normal(1, (4, 64))
     qm = jqopt.quantize_model(lambda p, x: x @ p["w"] + p["b"], recipe, params=params, batches=[x])
     run = jqopt.apply(qm.plan)
     dx = jax.jit(jax.grad(lambda x: run(qm.quant, x).sum()))(x)
@@ -154,8 +154,8 @@ def test_gradients_go_straight_through(recipe):
 
 
 def test_vmap_over_inputs_and_over_models():
-    w = jax.random.normal(jax.random.key(0), (3, 64, 32))
-    x = jax.random.normal(jax.random.key(1), (3, 4, 64))
+    w = arrays.normal(0, (3, 64, 32))
+    x = arrays.normal(1, (3, 4, 64))
     recipe = rules("int8", {"format": "int8", "granularity": "token"})
     plan = jqopt.plan(recipe, jqopt.trace(lambda p, x: x @ p, w[0], x[0]))
     run = jqopt.apply(plan)
@@ -170,7 +170,7 @@ def test_other_shapes_after_planning():
     model, variables, _ = zoo.build(zoo.MHA)
     qm = jqopt.quantize_model(model, "int8_per_token", params=variables, batches=[zoo.X])
     for rows in (1, 3, 9):
-        x = jax.random.normal(jax.random.key(rows), (rows, 64))
+        x = arrays.normal(rows, (rows, 64))
         assert relative(qm(x), model.apply(variables, x)) < 0.05
 
 
@@ -196,8 +196,8 @@ def test_sharded_weights_and_inputs():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec
     place = lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s))  # noqa: E731
-    w = jax.random.normal(jax.random.key(0), (128, 64))
-    x = jax.random.normal(jax.random.key(1), (8, 128))
+    w = arrays.normal(0, (128, 64))
+    x = arrays.normal(1, (8, 128))
     for recipe in ("int8_per_token", "nvfp4"):
         plan = jqopt.plan(recipe, jqopt.trace(lambda p, x: x @ p, w, x))
         quant = jqopt.quantize(plan, w, jqopt.calibrate(plan, w, [x]))
@@ -226,10 +226,10 @@ def test_shard_map_equals_the_plain_function(recipe):
         return run(x, p["a"], p["b"])
 
     params = {
-        "a": jax.random.normal(jax.random.key(0), (64, 128)),
-        "b": jax.random.normal(jax.random.key(1), (128, 64)),
+        "a": arrays.normal(0, (64, 128)),
+        "b": arrays.normal(1, (128, 64)),
     }
-    x = jax.random.normal(jax.random.key(2), (4, 64))
+    x = arrays.normal(2, (4, 64))
     qm = jqopt.quantize_model(sharded, recipe, params=params, batches=[x])
     plain = jqopt.quantize_model(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], recipe, params=params, batches=[x])
     assert all(map(np.array_equal, jax.tree.leaves(qm.quant), jax.tree.leaves(plain.quant)))
@@ -253,7 +253,7 @@ def test_meshes_with_explicit_axes(recipe):
     mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     spec, named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
     params = two_weights()
-    x = jax.random.normal(jax.random.key(2), (8, 64))
+    x = arrays.normal(2, (8, 64))
 
     def plain(p, x):
         return jnp.tanh(x @ p["a"]) @ p["b"]

@@ -10,6 +10,7 @@ import jqopt
 import jqopt_kernels as kernels
 from jqopt import _cli_inspect, _ops, _plan, _recipe
 from jqopt._ops import Weight
+from tests import arrays
 from tests.test_apply import rules, two_weights
 
 X = jnp.ones((2, 64))
@@ -92,7 +93,7 @@ def test_recipes_write_it_and_inherit_it(tmp_path):
 
 
 def test_what_has_no_kernels_says_so():
-    table = {"table": jax.random.normal(jax.random.key(0), (32, 64))}
+    table = {"table": arrays.normal(0, (32, 64))}
     graph = jqopt.trace(lambda p, i: p["table"][i], table, jnp.zeros((2,), jnp.int32))
     (decision,) = jqopt.plan(rules("int8", backend="xla"), graph).decisions
     assert (decision.backend, decision.note) == ("", "backend xla left alone: this gather decodes its weight")

@@ -9,7 +9,7 @@ import pytest
 
 import jqopt
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
-from tests import zoo
+from tests import arrays, zoo
 
 INT8 = {"schema": 1, "name": "t", "rules": [{"match": "*", "weight": "int8", "input": "int8"}]}
 CONFIG = LlamaConfig(
@@ -134,7 +134,7 @@ def test_a_weight_with_nan_or_inf_is_named(bad):
 
 
 def test_zero_weights_and_zero_inputs_give_zeros():
-    params = {"a": jnp.zeros((32, 16)), "b": jax.random.normal(jax.random.key(0), (16, 8))}
+    params = {"a": jnp.zeros((32, 16)), "b": arrays.normal(0, (16, 8))}
     for recipe in ("int8", "fp8", "nvfp4", "mxfp4", "int4_block_weight_only"):
         qm = jqopt.quantize_model(
             lambda p, x: (x @ p["a"]) @ p["b"], recipe, params=params, batches=[jnp.zeros((2, 32))]
@@ -153,7 +153,7 @@ def test_donate_frees_each_float_weight():
 
 
 def test_quantize_is_the_same_under_jit():
-    params = {"a": jax.random.normal(jax.random.key(0), (64, 48))}
+    params = {"a": arrays.normal(0, (64, 48))}
     plan = jqopt.plan("nvfp4_weight_only", jqopt.trace(lambda p, x: x @ p["a"], params, jnp.ones((1, 64))))
     eager, jitted = jqopt.quantize(plan, params), jax.jit(lambda p: jqopt.quantize(plan, p))(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, eager, jitted))
@@ -168,7 +168,7 @@ def test_other_collections_pass_through():
             x = nn.Dense(16)(x)
             return nn.Dense(4)(nn.BatchNorm(use_running_average=not train)(x))
 
-    x = jax.random.normal(jax.random.key(0), (8, 16))
+    x = arrays.normal(0, (8, 16))
     variables = Net().init(jax.random.key(1), x, train=False)
     qm = jqopt.quantize_model(Net(), INT8, params=variables, batches=[x], train=False)
     out, updates = jqopt.apply(jqopt.plan(INT8, jqopt.trace(Net(), variables, x, train=True, mutable=["batch_stats"])))(

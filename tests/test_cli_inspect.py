@@ -9,6 +9,7 @@ from flax import linen as nn
 import jqopt
 from jqopt import _cli_inspect, _ops, cli
 from jqopt.export.checkpoint import Checkpoint
+from tests import arrays
 
 RECIPES = ["int8", "int8_per_token", "int8_weight_only", "fp8", "mxfp8", "nvfp4", "nvfp4_weight_only", "mxfp6"]
 
@@ -16,7 +17,7 @@ RECIPES = ["int8", "int8_per_token", "int8_weight_only", "fp8", "mxfp8", "nvfp4"
 @pytest.mark.parametrize("rows", [1, 7, 96])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_named_kernel_runs(recipe, rows, tmp_path, monkeypatch):
-    model, x = nn.Dense(96), jax.random.normal(jax.random.key(0), (rows, 64))
+    model, x = nn.Dense(96), arrays.normal(0, (rows, 64))
     variables = model.init(jax.random.key(1), x)
     qm = jqopt.quantize_model(model, recipe, params=variables, batches=[x])
     jqopt.save(tmp_path / "q", qm)

@@ -22,6 +22,7 @@ from jqopt import transforms
 from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError, TraceError
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
+from tests import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -403,7 +404,7 @@ def test_between_two_dense_layers(name):
     def model(p, x):
         return activation(x @ p["up"] + p["bias"]) @ p["down"]
 
-    x = jax.random.normal(jax.random.key(0), (7, 6))
+    x = arrays.normal(0, (7, 6))
     expect(
         make(model, x, params=shapes(up=(6, 8), bias=(8,), down=(8, 5))), up="nowhere: the model's input 0", down=target
     )
@@ -418,7 +419,7 @@ def test_a_gate_leaves_the_scale_to_the_other_branch(fused, swapped):
         return (up * gate if swapped else gate * up) @ p["down"]
 
     sizes = {"gate_up": (6, 16)} if fused else {"gate": (6, 8), "up": (6, 8)}
-    made = make(model, jax.random.normal(jax.random.key(0), (7, 6)), params=shapes(**sizes, down=(8, 5)))
+    made = make(model, arrays.normal(0, (7, 6)), params=shapes(**sizes, down=(8, 5)))
     expect(made, down="gate_up (rows)" if fused else "up (rows)")
     if fused:
         [rows] = made.graph.folds["down"].absorbers
@@ -471,7 +472,7 @@ def test_a_weight_made_of_two_takes_the_scale_in_both():
         return y @ p["v"] + y @ (p["w"] + p["a"] @ p["b"])  # the sum is no site, but reads what `v` reads
 
     sizes = shapes(up=(6, 8), v=(8, 4), w=(8, 4), a=(8, 2), b=(2, 4))
-    made = make(model, jax.random.normal(jax.random.key(0), (5, 6)), params=sizes)
+    made = make(model, arrays.normal(0, (5, 6)), params=sizes)
     expect(made, v="up (rows)")
     assert {a.path for a in made.graph.folds["v"].consumers} == {"v", "w", "a"}
 
@@ -483,7 +484,7 @@ def test_padding_concatenation_and_reversal_move_channels():
         y = jnp.pad(y, ((0, 0), (1, 2)))
         return jax.nn.relu(y) @ p["down"]
 
-    made = make(model, jax.random.normal(jax.random.key(0), (5, 6)), params=shapes(a=(6, 3), b=(6, 2), down=(8, 4)))
+    made = make(model, arrays.normal(0, (5, 6)), params=shapes(a=(6, 3), b=(6, 2), down=(8, 4)))
     expect(made, down="a (rows), b (rows)")
     labels = {a.path: a.labels for a in made.graph.folds["down"].absorbers}
     np.testing.assert_array_equal(labels["a"], [[3, 2, 1]])
@@ -558,14 +559,14 @@ def test_the_best_channel_is_the_same_only_under_one_scale():
         y = x @ p["up"]
         return (y @ p["down"]) * jnp.argmax(y, axis=-1).sum().astype(jnp.float32)
 
-    x, params = jax.random.normal(jax.random.key(0), (5, 6)), shapes(up=(6, 8), down=(8, 4))
+    x, params = arrays.normal(0, (5, 6)), shapes(up=(6, 8), down=(8, 4))
     expect(make(rows, x, params=params), down="up (rows)")
     expect(make(channels, x, params=params), down="nowhere: the output of up is also read by argmax")
 
 
 # ------------------------------------------------------------------------------------------- convolutions
 
-IMAGE = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+IMAGE = arrays.normal(0, (2, 8, 8, 3))
 
 
 class Cnn(nn.Module):

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import jqopt
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
+from tests import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -18,7 +19,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
 )  # fmt: skip
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-X = jax.random.normal(jax.random.key(0), (2, 6, 32))
+X = arrays.normal(0, (2, 6, 32))
 
 
 def llama(scan: bool = True) -> tuple:

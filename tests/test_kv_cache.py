@@ -13,6 +13,7 @@ import jqopt
 from jqopt import _numerics, formats, kv_cache
 from jqopt.hf import decode
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
+from tests import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -30,7 +31,7 @@ SPECS = {
 
 
 def tokens(count, seed=0):
-    return jax.random.normal(jax.random.key(seed), (2, B, count, HEADS, D))
+    return arrays.normal(seed, (2, B, count, HEADS, D))
 
 
 def empty(spec, **options):
@@ -115,7 +116,7 @@ def test_attention_over_it(name):
     """Against attention over what `read` gives; the causal mask is by position."""
     k, v = tokens(LENGTH)
     cache = kv_cache.append(empty(SPECS[name]), k, v, 0)
-    q = jax.random.normal(jax.random.key(5), (B, 3, 2 * HEADS, D))
+    q = arrays.normal(5, (B, 3, 2 * HEADS, D))
     mine = kv_cache.attend(cache, q, 4)
     rk, rv = (jnp.repeat(x, 2, axis=2) for x in kv_cache.read(cache))
     mask = jnp.arange(LENGTH)[None, :] <= 4 + jnp.arange(3)[:, None]

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import jqopt
 from jqopt import _calibrate, _layerwise, _quantize
+from tests import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,7 +40,7 @@ class Net(nn.Module):
         return x
 
 
-X = jax.random.normal(jax.random.key(0), (192, 32)).at[:, 3].multiply(8.0)
+X = arrays.normal(0, (192, 32)).at[:, 3].multiply(8.0)
 BATCHES = [X[:64], X[64:128], X[128:]]
 
 
@@ -147,13 +148,13 @@ def test_batches_of_several_shapes_and_generators():
 
 def test_what_stands_in_no_layer_is_solved_from_the_float_model():
     """A weight that is read twice has two activations; a while loop isn't opened."""
-    p = {"a": jax.random.normal(jax.random.key(0), (16, 16)) / 4, "b": jax.random.normal(jax.random.key(2), (16, 4))}
+    p = {"a": arrays.normal(0, (16, 16)) / 4, "b": arrays.normal(2, (16, 4))}
 
     def fn(p, x):
         x = jax.nn.relu(x @ p["a"])
         return jax.nn.relu(x @ p["a"]) @ p["b"]
 
-    x = jax.random.normal(jax.random.key(1), (64, 16))
+    x = arrays.normal(1, (64, 16))
     qm = jqopt.quantize_model(fn, recipe("gptq", "int8"), params=p, batches=[x])
     want = fn(p, x)
     assert float(jnp.linalg.norm(qm(x) - want)) < 0.02 * float(jnp.linalg.norm(want))

@@ -11,6 +11,7 @@ from flax import nnx
 
 import jqopt
 from jqopt import CalibrationError, PlanError, RecipeError, TraceError, UnsupportedError
+from tests import arrays
 
 
 class MLP(nn.Module):
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         return nn.Dense(48, name="down")(nn.relu(nn.Dense(96, name="up")(x)))
 
 
-X = jax.random.normal(jax.random.key(0), (4, 64))
+X = arrays.normal(0, (4, 64))
 MODEL = MLP()
 VARIABLES = MODEL.init(jax.random.key(1), X)
 INT8 = "weight: int8, input: int8"

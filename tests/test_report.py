@@ -12,10 +12,11 @@ from flax import nnx
 
 import jqopt
 from jqopt._report import size
+from tests import arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-X = jax.random.normal(jax.random.key(0), (4, 32))
+X = arrays.normal(0, (4, 32))
 
 
 def model(params, x):
@@ -164,7 +165,7 @@ def test_nnx_holds_its_floats():
 
 def test_stacked_layers():
     """One row for all layers; the error is over all of them."""
-    w = jax.random.normal(jax.random.key(0), (3, 32, 32))
+    w = arrays.normal(0, (3, 32, 32))
     run = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]  # noqa: E731
     qm = jqopt.quantize_model(run, "nvfp4_weight_only", params={"w": w}, inputs=X)
     [found] = qm.report().rows

@@ -9,6 +9,7 @@ import pytest
 
 import jqopt
 from jqopt import _stage
+from tests import arrays
 
 
 def counted():
@@ -20,7 +21,7 @@ def counted():
         y = x @ w["w"]
         return 2 * y if twice else y
 
-    return model, {"w": jax.random.normal(jax.random.key(0), (32, 16))}, calls
+    return model, {"w": arrays.normal(0, (32, 16))}, calls
 
 
 def quantized(model, w, x, recipe="int8"):

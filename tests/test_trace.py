@@ -11,7 +11,7 @@ from flax import nnx
 
 import jqopt
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
-from tests import zoo
+from tests import arrays, zoo
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -237,8 +237,8 @@ def test_a_reduction_with_a_combiner_of_its_own_is_no_call():
         windows = jax.lax.reduce_window(p["w"], jnp.float32(0), lambda a, b: a + 0.5 * b, (1, 2), (1, 2), "VALID")
         return x @ p["w"] / most, x @ windows
 
-    x = jax.random.normal(jax.random.key(0), (3, 8))
-    params = {"w": jax.random.normal(jax.random.key(1), (8, 6))}
+    x = arrays.normal(0, (3, 8))
+    params = {"w": arrays.normal(1, (8, 6))}
     qm = jqopt.quantize_model(model, {"rules": [{"match": "w", "weight": "int8"}]}, params=params, inputs=x)
     for got, want in zip(qm(x), model(params, x), strict=True):
         assert float(jnp.abs(got - want).max() / jnp.abs(want).max()) < 0.03

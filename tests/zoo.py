@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from tests import arrays
+
 INIT = nn.initializers.lecun_normal()
-X = jax.random.normal(jax.random.key(0), (4, 64))
+X = arrays.normal(0, (4, 64))
 TOKENS = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
 
 
@@ -266,7 +268,7 @@ class FusedHeads(nn.Module):
         return jnp.einsum("bd,dhk->bhk", x, w).reshape(x.shape[0], 64)
 
 
-SEVERAL = {Tied: TOKENS, ActivationShapedLikeWeight: jax.random.normal(jax.random.key(3), (64, 64))}
+SEVERAL = {Tied: TOKENS, ActivationShapedLikeWeight: arrays.normal(3, (64, 64))}
 PEERS_25 = (
     Dense, Matmul, JnpMatmul, Tensordot, JitInside, Scan, Remat, Vmapped, CustomVjp, TwoSame, MoE, Einsum3,
     EinsumOptimized, EinsumWeightFirst, Ragged, MHA, Shared, Conv, LSTM, Split, WeightNorm, DenseGeneral, Bf16,

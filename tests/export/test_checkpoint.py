@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 import jqopt
 from jqopt.export import checkpoint, manifest, orbax, tree
 from jqopt.export.inputs import call_of, inputs_of
+from tests import arrays
 
 # When a read fails, Orbax leaves other reads running that end after its event loop is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -32,7 +33,7 @@ METADATA = checkpoint.METADATA
 DOTS = {"match": {"path": "*", "op": "dot_general"}, "weight": "nvfp4"}
 RECIPE = {"schema": 1, "name": "weights", "rules": [DOTS]}
 STATIC = {"schema": 1, "name": "static", "rules": [{**DOTS, "input": "nvfp4"}]}
-X = jax.random.normal(jax.random.key(0), (4, 32))
+X = arrays.normal(0, (4, 32))
 
 
 class Unrolled(nn.Module):
@@ -81,7 +82,7 @@ def plain(params, x):
 
 
 def matrix(seed, n, m, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), (n, m), dtype)
+    return arrays.normal(seed, (n, m), dtype)
 
 
 PARAMS = {
@@ -664,8 +665,8 @@ import hashlib, os, pathlib, signal, sys
 import jax, jax.numpy as jnp, numpy as np
 import jqopt
 
-x = jax.random.normal(jax.random.key(0), (4, 32))
-params = {"w": jax.random.normal(jax.random.key(1), (32, 32)), "b": jnp.zeros(32)}
+normal = lambda seed, shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+x, params = normal(0, (4, 32)), {"w": normal(1, (32, 32)), "b": jnp.zeros(32)}
 recipe = {"schema": 1, "name": "r", "rules": [{"match": "w", "weight": "fp8", "input": "fp8"}]}
 qm = jqopt.quantize_model(lambda p, x: x @ p["w"] + p["b"], recipe, params=params, batches=[x])
 jqopt.save(sys.argv[1], qm)

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 import jqopt
+from tests import arrays
 
-X = jax.random.normal(jax.random.key(0), (4, 64))
+X = arrays.normal(0, (4, 64))
 TOKENS = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
 ASKS = {
     "int8": {"weight": "int8", "input": {"format": "int8", "scaling": "dynamic"}},
