@@ -1,6 +1,6 @@
 """Low-precision training of a small language model against bfloat16: losses in pairs, a broken control, times.
 
-    python -m benchmarks.training --steps 2000 --seeds 3 --out losses.json
+    python -m benchmarks.training --rates 1e-3 2e-3 4e-3 8e-3 --steps 2000 --seeds 3 --out losses.json
     python -m benchmarks.training --times
     python -m benchmarks.training --steps 20000 --size large       # 20 M parameters: for a GPU
 
@@ -160,9 +160,11 @@ def compare(options: argparse.Namespace) -> dict:
     """Validation losses {recipe: [one a seed]}, and their paired gaps to bfloat16, printed as they come."""
     runs: dict[str, Any] = {"bfloat16": None, **{r: f"train/{r}" for r in options.recipes}, "broken": "train/nvfp4"}
     found: dict[str, list[float]] = {name: [] for name in runs}
+    rate = tuned(options)
+    say(f"learning rate {rate:g}, {options.steps} steps of {BATCH} x {LENGTH} tokens, {options.seeds} seeds")
     for seed in range(options.seeds):
         for name, its in runs.items():
-            setup = Setup(its, options.steps, seed, options.rate, options.size)
+            setup = Setup(its, options.steps, seed, rate, options.size)
             with broken() if name == "broken" else contextlib.nullcontext():
                 done = run(setup)
             found[name].append(done.validation)
@@ -174,6 +176,18 @@ def compare(options: argparse.Namespace) -> dict:
         gaps = np.asarray(values) / np.asarray(found["bfloat16"]) - 1
         say(f"{name:12} mean gap {gaps.mean():+.2%}, spread of the losses over seeds {np.std(values):.4f}")
     return found
+
+
+def tuned(options: argparse.Namespace) -> float:
+    """The learning rate that bfloat16 likes best: a gap at a rate at which the baseline suffers says nothing."""
+    if len(options.rates) == 1:
+        return options.rates[0]
+    found = {}
+    for rate in options.rates:
+        done = run(Setup(None, options.steps, 0, rate, options.size))
+        found[rate] = done.validation
+        say(f"bfloat16 at rate {rate:g}: {curve(done.losses)} | validation {done.validation:.4f}")
+    return min(found, key=found.__getitem__)
 
 
 def times(recipes: list[str]) -> None:
@@ -209,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rates", type=float, nargs="*", default=[2e-3], help="several: bfloat16 chooses among them")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--out", help="a JSON file that grows with each run")

@@ -15,37 +15,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_ROTATIONS = np.asarray([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
+_TURNS = np.asarray([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
 _PARITY = np.uint32(0x1BD11BDA)
 
 
 def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two random words for each pair of counters, elementwise; all uint32.
+    """Two random words for each pair of counters, elementwise; all uint32. Keys and counters broadcast.
 
     The rounds are a loop, so that the words are computed once and written: XLA would fuse them into whatever reads
-    them, and compute each word once for each number in it.
+    them, and compute each word once for each number in it. One round at a time: of several, XLA makes a kernel for
+    each word that computes all of both.
     """
     same = counter[0] ^ counter[0] ^ counter[1] ^ counter[1] ^ key[0] ^ key[0]  # zeros that vary as all operands do
-    keys = jnp.stack([key[0], key[1], key[0] ^ key[1] ^ _PARITY])
+    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    turns = tuple(jnp.asarray(each) for each in _TURNS)
     start = (counter[0] + keys[0] + same, counter[1] + keys[1] + same)
 
-    def rounds(i: Any, words: tuple[Array, Array]) -> tuple[Array, Array]:
-        a, b = words
-        turns = jnp.asarray(_ROTATIONS)[i % 2]
+    def rounds(i: Any, carry: tuple) -> tuple:
+        (a, b), (first, second, third), (now, then) = carry
         for n in range(4):
             a = a + b
-            b = a ^ (lax.shift_left(b, jnp.broadcast_to(turns[n], b.shape))
-                     | lax.shift_right_logical(b, jnp.broadcast_to(np.uint32(32) - turns[n], b.shape)))  # fmt: skip
-        return a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + (i + 1).astype(jnp.uint32)
+            turned = lax.shift_left(b, jnp.broadcast_to(now[n], b.shape)) | lax.shift_right_logical(
+                b, jnp.broadcast_to(np.uint32(32) - now[n], b.shape)
+            )
+            b = a ^ turned
+        words = (a + second, b + third + i.astype(jnp.uint32))
+        return words, (second, third, first), (then, now)
 
-    return lax.fori_loop(0, 5, rounds, start)
+    return lax.fori_loop(1, 6, rounds, (start, keys, turns))[0]
 
 
 @jax.jit
 def folded(key: Array, number: Array | np.uint32 | int) -> Array:
-    """A new key, uint32 [2], from a key and a number; as `jax.random.fold_in` of a threefry key."""
-    a, b = threefry((key[0], key[1]), (jnp.zeros((), jnp.uint32), jnp.asarray(number, jnp.uint32)))
-    return jnp.stack([a, b])
+    """New keys, uint32 [..., 2], from keys [..., 2] and numbers [...]; as `jax.random.fold_in` of a threefry key."""
+    number = jnp.asarray(number, jnp.uint32)
+    return jnp.stack(threefry((key[..., 0], key[..., 1]), (jnp.zeros_like(number), number)), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -54,11 +58,14 @@ def uniform(key: Array, shape: tuple[int, ...], row: Array | int = 0, column: Ar
 
     Centred, they have the mean of a uniform number exactly. `column` is a multiple of 4. (Hardware takes 8 bits, whose
     coarseness can be seen in the mean of some thousand draws.)
+
+    Args:
+        key: uint32 [*keys, 2]; each key draws its own numbers, [*keys, *shape].
     """
     *lead, r, c = shape
     words = -(-c // 4)
     rows = jnp.asarray(row, jnp.uint32) + lax.broadcasted_iota(jnp.uint32, (int(np.prod(lead)) * r, words), 0)
     columns = jnp.asarray(column, jnp.uint32) // jnp.uint32(4) + lax.broadcasted_iota(jnp.uint32, rows.shape, 1)
-    pair = jnp.stack(threefry((key[0], key[1]), (rows, columns)), axis=-1)
-    half = lax.bitcast_convert_type(pair, jnp.uint16).reshape(*lead, r, words * 4)[..., :c]
+    pair = jnp.stack(threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns)), axis=-1)
+    half = lax.bitcast_convert_type(pair, jnp.uint16).reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]
     return (half.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-16)

@@ -185,13 +185,14 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
     wanted = wanted[:1] if shared else wanted
     measured = _shared([(q, measure(dy, q, axis)) for q, axis in wanted], how.amax_axes)
     given = None if scales is None else scales[GRAD]
+    drawn = [(axis, m.values.shape) for (q, axis), m in zip(wanted, measured, strict=True) if q.stochastic]
+    dithers = _dithers(key, drawn) if drawn else {}
 
     def copy(q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
         if q is None:
             return dy, None
         m = measured[0 if shared else wanted.index((q, axis))]
-        dither = _bytes(key, axis, m.values.shape) if q.stochastic else None
-        return quantized(m, q, axis, _delayed(q, given), dither)
+        return quantized(m, q, axis, _delayed(q, given), dithers.get(axis))
 
     (xq, x_axis), (wq, w_axis) = how.kept
     x, w = _read(kept[0], xq, x_axis, like.shape[1]), _read(kept[1], wq, w_axis, like.shape[1])
@@ -207,9 +208,17 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
     return dx, dw, seen, _no_gradient(key), _no_gradient(groups)
 
 
-def _bytes(key: Array, axis: int, shape: tuple[int, ...]) -> Array:
-    """Random numbers for a copy of dy: the two copies have their own."""
-    return _dither.uniform(_dither.folded(key[:2], 1 if axis == ROWS else 2), shape, key[2], key[3])
+def _dithers(key: Array, copies: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, Array]:
+    """Random numbers for copies of dy, {axis: of its shape}: each has its own, of one shape they are drawn at once."""
+    keys = _dither.folded(key[:2], np.asarray([_COPY[axis] for axis, _ in copies], np.uint32))
+    if len({shape for _, shape in copies}) == 1:
+        drawn = list(_dither.uniform(keys, copies[0][1], key[2], key[3]))
+    else:
+        drawn = [_dither.uniform(k, shape, key[2], key[3]) for k, (_, shape) in zip(keys, copies, strict=True)]
+    return {axis: numbers for (axis, _), numbers in zip(copies, drawn, strict=True)}
+
+
+_COPY = {ROWS: 1, COLUMNS: 2}
 
 
 def _no_gradient(x: Array | None) -> Any:

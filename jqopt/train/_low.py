@@ -162,15 +162,24 @@ def key_data(key: Any) -> Array | None:
     return data[:2] if data.shape[0] == 2 else data[:2] ^ data[-2:]
 
 
-def site_key(key: Array, name: str, outer: tuple[int, ...]) -> Array:
-    """Keys of a site's layers, uint32 [*outer, 2]: from the step's key, the site's name and each layer's number."""
-    digest = hashlib.sha256(name.encode()).digest()
-    for i in (0, 4):
-        key = _dither.folded(key, np.uint32(int.from_bytes(digest[i : i + 4], "little")))
-    if not outer:
-        return key
-    each = jax.vmap(lambda n: _dither.folded(key, n))(jnp.arange(math.prod(outer), dtype=jnp.uint32))
-    return each.reshape(*outer, 2)
+def site_keys(key: Array, sites: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Keys of the layers of sites, uint32 [*outer, 2] of {name: outer}.
+
+    Each from the step's key, the site's name and the layer's number; all in three loops, however many sites there are.
+    """
+    words = np.stack([np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u4") for name in sites], axis=1)
+    for word in words.astype(np.uint32):
+        key = _dither.folded(key, word)
+    sizes = [math.prod(outer) for outer in sites.values()]
+    stacked = [i for i, outer in enumerate(sites.values()) if outer]
+    found = {name: key[i] for i, name in enumerate(sites)}
+    if stacked:
+        at = np.repeat(np.asarray(stacked), [sizes[i] for i in stacked])
+        numbers = np.concatenate([np.arange(sizes[i], dtype=np.uint32) for i in stacked])
+        layers = jnp.split(_dither.folded(key[at], numbers), np.cumsum([sizes[i] for i in stacked])[:-1])
+        names = list(sites)
+        found |= {names[i]: each.reshape(*sites[names[i]], 2) for i, each in zip(stacked, layers, strict=True)}
+    return found
 
 
 def _start(plan: TrainPlan, key: Array | None, state: Any) -> State:
@@ -181,12 +190,12 @@ def _start(plan: TrainPlan, key: Array | None, state: Any) -> State:
             f"{missing[0]}: recipe {plan.recipe.name!r} scales by the largest values of past steps; pass "
             "quant_state=prepared.init_state(), then what prepared.next_state gives"
         )
+    stochastic = {s.key: s.outer for s in plan.trained if s.gemms is not None and s.gemms.stochastic}
+    keys = site_keys(key, stochastic) if key is not None and stochastic else {}
     start: State = {}
     for s in plan.trained:
         assert s.gemms is not None
-        start[s.key] = {}
-        if key is not None and s.gemms.stochastic:
-            start[s.key]["key"] = site_key(key, s.key, s.outer)
+        start[s.key] = {"key": keys[s.key]} if s.key in keys else {}
         if s.gemms.delayed:
             start[s.key]["scale"] = state[s.key]["scale"]
     return start

@@ -147,8 +147,11 @@ def test_keys_and_copies():
         np.testing.assert_array_equal(a, b)
         assert bool((a != c).any())
     np.testing.assert_array_equal(one[0], other[0])
-    rows, columns = (_linear._bytes(KEY, axis, (32, 64)) for axis in (ROWS, COLUMNS))
-    assert float((rows == columns).mean()) < 0.03
+    both = _linear._dithers(KEY, [(ROWS, (32, 64)), (COLUMNS, (32, 64))])
+    assert float((both[ROWS] == both[COLUMNS]).mean()) < 0.03
+    padded = _linear._dithers(KEY, [(ROWS, (30, 64)), (COLUMNS, (32, 64))])  # of two shapes: the same numbers
+    np.testing.assert_array_equal(padded[COLUMNS], both[COLUMNS])
+    np.testing.assert_array_equal(padded[ROWS], both[ROWS][:30])
 
 
 # ---- properties

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,10 +81,13 @@ def test_layers_have_their_own_random_numbers(ways):
     """S3 in a scan: a layer's key is its own, so equal layers on equal data still round differently."""
     plan = ways[True, False][1].plan
     assert plan["w"].outer == (3,)
-    keys = _low.site_key(_low.key_data(KEY), "w", (3,))
-    assert len({tuple(k) for k in np.asarray(keys).tolist()}) == 3
-    other = _low.site_key(_low.key_data(KEY), "v", (3,))
-    assert not bool((keys == other).any(axis=-1).any())
+    keys = _low.site_keys(_low.key_data(KEY), {"w": (3,), "one": (), "v": (2, 2)})
+    assert {n: k.shape for n, k in keys.items()} == {"w": (3, 2), "one": (2,), "v": (2, 2, 2)}
+    assert len({tuple(k) for each in keys.values() for k in np.asarray(each).reshape(-1, 2).tolist()}) == 8
+    for name, at, layer in (("w", 1, 1), ("v", (1, 0), 2), ("one", (), None)):  # whatever the other sites are
+        words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u4")
+        want = functools.reduce(jax.random.fold_in, [int(n) for n in (*words, layer) if n is not None], KEY)
+        np.testing.assert_array_equal(keys[name][at], jax.random.key_data(want))
 
 
 @pytest.mark.slow
