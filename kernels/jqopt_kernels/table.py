@@ -18,6 +18,7 @@ from .reference import reference, reference_ragged
 from .triton_dot import triton_fp8_block, triton_gemm, triton_gemm_large, triton_gemv, triton_skinny
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_grouped import xla_ragged
+from .xla_row import xla_row
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
@@ -32,6 +33,7 @@ KERNELS: tuple[Kernel, ...] = (
     triton_gemm,
     ffi_gemm,
     xla_tiled_bf16,
+    xla_row,
     xla_tiled,
     pallas_gemv,
     pallas_skinny,

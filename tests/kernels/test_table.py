@@ -50,6 +50,16 @@ def test_every_pair_has_a_kernel_on_every_device(pair, device):
         kernels.find("qdot", lhs, rhs, device, Shapes(m, 130, 70))
 
 
+def test_one_long_row_of_four_bits_on_a_cpu():
+    assert kernels.find("qdot", FLOAT, NVFP4, "cpu", Shapes(1, 256, 512)).name == "xla_row"
+    assert kernels.find("qdot", NVFP4, NVFP4, "cpu", Shapes(1, 256, 512)).name == "xla_row"
+    assert kernels.find("qdot", FLOAT, FP8, "cpu", Shapes(1, 256, 512)).name == "xla_tiled"
+    assert (
+        kernels.find("qdot", FLOAT, Operand("int4", 512, "float32", "block"), "cpu", Shapes(1, 8, 1024)).name
+        != "xla_row"
+    )
+
+
 def test_explain_gives_every_kernel_in_order():
     rows = kernels.explain("qdot", FLOAT, NVFP4, "cpu", BIG)
     assert [name for name, _ in rows] == [k.name for k in kernels.KERNELS if k.op == "qdot"]
