@@ -56,7 +56,7 @@ def _block(spec: Operand) -> int | None:
 
 
 @straight_through
-def _row(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype):
+def _row(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue):
     x, left_scale = left(lhs, lhs_spec, k)
     planes, unit = decode.plane_count(rhs_spec.element), decode.unit(rhs_spec.element)
     in_scale = rhs_spec.granularity == "block" and rhs_spec.scale == "e4m3"  # others may be too large to multiply
@@ -64,7 +64,7 @@ def _row(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype):
     xs = [_written(x[:, p::planes]) for p in range(planes)]
     rows = _chunk(rhs_spec, n, k)
     ys = [_rows(xs, rhs, rhs_spec, unit if in_scale else 1.0, range(i, min(i + rows, n)), k) for i in range(0, n, rows)]
-    return finish(jnp.concatenate(ys, axis=1), left_scale, row_scale(rhs, rhs_spec), out_dtype)
+    return finish(jnp.concatenate(ys, axis=1), left_scale, row_scale(rhs, rhs_spec), out_dtype, epilogue)
 
 
 def _chunk(spec: Operand, n: int, k: int) -> int:
