@@ -19,6 +19,7 @@ from .triton_dot import triton_fp8_block, triton_gemm, triton_gemm_large, triton
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_grouped import xla_ragged
 from .xla_row import xla_row
+from .xla_scaled import xla_scaled
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
@@ -27,6 +28,7 @@ KERNELS: tuple[Kernel, ...] = (
     xla_int8_row,
     xla_fp8,
     xla_fp8_dot,
+    xla_scaled,
     triton_fp8_block,
     triton_gemv,
     triton_skinny,

@@ -25,6 +25,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+B200 = H100.replace("major: 9 minor: 0", "major: 10 minor: 0").replace("H100 80GB HBM3", "B200")
+
+
 def tools(root: pathlib.Path) -> pathlib.Path:
     """A folder laid out as a CUDA installation, of the tools in triton's wheel; its ptxas."""
     import triton
@@ -82,15 +85,16 @@ def cases() -> dict:
     import jqopt
     from jqopt import kv_cache
 
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    def place(of: str):
+        devices = topologies.get_topology_desc(platform="cuda", target_config=of, topology="1x1x1").devices
+        mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def there(tree):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=here), tree)
+    hopper = place(H100)
 
-    def compiled(f, *args):
-        return jax.jit(f).lower(*there(args)).compile()
+    def compiled(f, *args, at=hopper):
+        there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=at), args)
+        return jax.jit(f).lower(*there).compile()
 
     def block(p, x):
         return x + jax.nn.silu(x @ p["up"]) @ p["down"]
@@ -110,6 +114,13 @@ def cases() -> dict:
         qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
         backend = None if name == "fp8" else "pallas"  # where jax-triton is installed, its kernels come first
         out[name] = compiled(jqopt.apply(qm.plan, device="cuda:90", backend=backend), qm.quant, x), copy
+
+    for spec in ("nvfp4", "mxfp8"):
+        x = jnp.asarray(rng.normal(size=(16, size)), jnp.bfloat16)
+        recipe = {"schema": 1, "name": "aot", "rules": [{"match": "*", "weight": spec, "input": spec}]}
+        qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
+        run = jqopt.apply(qm.plan, device="cuda:100", backend="xla")
+        out[f"blackwell {spec}"] = compiled(run, qm.quant, x, at=place(B200)), copy
 
     def experts(p, x):
         return jax.lax.ragged_dot(x, p["w"], jnp.asarray([10, 0, 20, 2], jnp.int32))

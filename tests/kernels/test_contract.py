@@ -13,8 +13,9 @@ from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, bound, case, nf4, op
 
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
-# For kernels of long rows alone: half a byte, less than a block and less than a segment at the end.
-LONG = (1, 21, 1065)
+LONG = (1, 21, 1065)  # half a byte, less than a block and less than a segment at the end
+# For kernels that claim none of those: long rows, whole blocks.
+OTHERS = {"xla_row": [LONG], "xla_scaled": [(5, 37, 96), (1, 9, 32)]}
 DEVICES = ("cpu", "cuda")
 PALLAS = ("pallas_gemv", "pallas_skinny")
 # An interpreted Pallas kernel takes a while to compile: of the pairs, those that are decoded differently run always.
@@ -30,7 +31,8 @@ def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
     shapes = kernels.Shapes(m, n, k)
     qdots = [x for x in kernels.KERNELS if x.op == "qdot"]
-    return [x for x in qdots if any(CLAIMS[x.name](lhs, rhs, d, shapes) is None for d in DEVICES)]
+    devices = {"xla_scaled": ("cuda:100",)}
+    return [x for x in qdots if any(CLAIMS[x.name](lhs, rhs, d, shapes) is None for d in devices.get(x.name, DEVICES))]
 
 
 def marks(name: str, pair: str, always=ALWAYS) -> list:
@@ -51,8 +53,9 @@ def checks() -> list:
         for shape in SHAPES:
             for kernel in able(pair, *shape):
                 claims.setdefault((kernel.name, pair), []).append(shape)
-        if any(kernel.name == "xla_row" for kernel in able(pair, *LONG)):
-            claims["xla_row", pair] = [LONG]
+        for name, shapes in OTHERS.items():
+            if any(kernel.name == name for kernel in able(pair, *shapes[0])):
+                claims[name, pair] = shapes
     return [
         pytest.param(name, pair, shapes, id=f"{name}-{pair}", marks=marks(name, pair))
         for (name, pair), shapes in claims.items()
@@ -94,6 +97,25 @@ def test_one_row_in_passes_that_cut_blocks(element, block, scale, monkeypatch):
     x = rng.normal(size=(1, k)).astype(np.float32)
     y = jax.jit(runner("xla_row", {"lhs_spec": OPERANDS["float"], "rhs_spec": spec, "n": n, "k": k}))(x, rhs)
     assert_within(y, np.float64(x) @ w.T, bound(np.float64(x), w))
+
+
+def test_mxfp8_on_both_sides_through_scaled_dot(monkeypatch):
+    monkeypatch.setitem(PAIRS, "both", ("mxfp8", "mxfp8"))
+    c = case("both", 5, 37, 96)
+    assert_within(jax.jit(runner("xla_scaled", c.specs))(c.lhs, c.rhs), c.y, c.bound)
+
+
+@pytest.mark.parametrize("under", ["vmap", "scan"])
+def test_scaled_products_lower_for_blackwell_from_a_cpu(under):
+    lhs, rhs, cases = stacked("nvfp4 x nvfp4", 5, 37, 96)
+    x, run = jax.tree.map(lambda a: a[0], lhs), runner("xla_scaled", cases[0].specs)
+    many = {
+        "vmap": jax.vmap(run, in_axes=(None, 0)),
+        "scan": lambda x, ws: jax.lax.scan(lambda carry, w: (carry, run(x, w)), 0, ws)[1],
+    }
+    text = jax.jit(many[under]).trace(x, rhs).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__op$block_scaled_dot") == 1
+    assert "dot_general" not in text
 
 
 def test_one_row_sliced_by_scan_and_mapped():

@@ -50,6 +50,26 @@ def test_every_pair_has_a_kernel_on_every_device(pair, device):
         kernels.find("qdot", lhs, rhs, device, Shapes(m, 130, 70))
 
 
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "device", "k", "why"),
+    [
+        (NVFP4, NVFP4, "cuda:100", 256, None),
+        (OPERANDS["mxfp8"], OPERANDS["mxfp8"], "cuda:103", 256, None),
+        (FLOAT, NVFP4, "cuda:100", 256, "lhs is float"),
+        (OPERANDS["mxfp4"], OPERANDS["mxfp4"], "cuda:100", 256, "lhs is e2m1 with e8m0 scales"),
+        (NVFP4, OPERANDS["mxfp8"], "cuda:100", 256, "one side has e4m3 scales, the other e8m0"),
+        (NVFP4, NVFP4, "cuda:100", 250, "k=250 is not a multiple of the block 16"),
+        (NVFP4, NVFP4, "cuda:90", 256, "compute capability 9.0"),
+        (NVFP4, NVFP4, "cuda:120", 256, "compute capability 12.0"),
+        (NVFP4, NVFP4, "cuda", 256, "does not say its compute capability"),
+        (NVFP4, NVFP4, "cpu", 256, "not for cpu"),
+    ],
+)
+def test_block_scales_of_blackwell(lhs, rhs, device, k, why):
+    said = dict(kernels.explain("qdot", lhs, rhs, device, Shapes(64, 256, k)))["xla_scaled"]
+    assert said is None if why is None else why in said
+
+
 def test_one_long_row_of_four_bits_on_a_cpu():
     assert kernels.find("qdot", FLOAT, NVFP4, "cpu", Shapes(1, 256, 512)).name == "xla_row"
     assert kernels.find("qdot", NVFP4, NVFP4, "cpu", Shapes(1, 256, 512)).name == "xla_row"
