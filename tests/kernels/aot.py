@@ -53,9 +53,10 @@ def main() -> None:
 
 
 def report(compiled, copy: int) -> dict:
-    """Custom calls by target, temporary bytes, and `copy`: the bytes of the smallest weight's decoded copy."""
+    """Custom calls, what cuBLASLt does after a product, temporary bytes; `copy`: bytes of the smallest decoded weight."""
     targets = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
-    return {"calls": targets, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
+    after = re.findall(r'"epilogue":"(\w+)"', compiled.as_text())
+    return {"calls": targets, "epilogues": after, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
 
 
 def resources(file: pathlib.Path, ptxas: pathlib.Path) -> list[dict]:
@@ -83,6 +84,7 @@ def cases() -> dict:
     from jax.experimental import topologies
 
     import jqopt
+    import jqopt_kernels as kernels
     from jqopt import kv_cache
 
     def place(of: str):
@@ -114,6 +116,18 @@ def cases() -> dict:
         qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
         backend = None if name == "fp8" else "pallas"  # where jax-triton is installed, its kernels come first
         out[name] = compiled(jqopt.apply(qm.plan, device="cuda:90", backend=backend), qm.quant, x), copy
+
+    fp8 = kernels.Operand("e4m3", None, "float32", "tensor")
+    one = jnp.ones((1, 1), jnp.float32)
+    left, right = (kernels.Packed(jnp.zeros((rows, size), jnp.uint8), one) for rows in (64, wide))
+    for activation in (None, "relu", "gelu_tanh"):
+
+        def product(x, w, bias, activation=activation):
+            run = kernels.find("qdot", fp8, fp8, "cuda:90", kernels.Shapes(64, wide, size)).run
+            after = kernels.Epilogue(bias, activation)
+            return run(x, w, lhs_spec=fp8, rhs_spec=fp8, n=wide, k=size, epilogue=after)
+
+        out[f"fp8 bias {activation}"] = compiled(product, left, right, jnp.zeros(wide, jnp.bfloat16)), copy
 
     for spec in ("nvfp4", "mxfp8"):
         x = jnp.asarray(rng.normal(size=(16, size)), jnp.bfloat16)

@@ -25,6 +25,12 @@ def test_fp8_products_are_cublas_calls(compiled):
     assert compiled["fp8"]["temp"] - WORKSPACE < compiled["fp8"]["copy"]
 
 
+@pytest.mark.parametrize(("activation", "said"), [(None, "BIAS"), ("relu", "BIAS_RELU"), ("gelu_tanh", "BIAS_GELU")])
+def test_cublas_does_the_epilogue_too(compiled, activation, said):
+    assert compiled[f"fp8 bias {activation}"]["calls"] == {FP8: 1}
+    assert compiled[f"fp8 bias {activation}"]["epilogues"] == [said]
+
+
 @pytest.mark.parametrize("name", ["blackwell nvfp4", "blackwell mxfp8"])
 def test_block_scaled_products_are_cudnn_calls_on_blackwell(compiled, name):
     assert compiled[name]["calls"]["__cudnn$blockScaledDot"] == 2

@@ -158,12 +158,6 @@ def test_zero_points_of_floats_are_refused():
         kernels.find("qdot", FLOAT, odd, "cpu", BIG, backend="xla_decode")
 
 
-def test_sums_that_could_overflow_are_refused():
-    reasons = dict(kernels.explain("qdot", INT8, INT8, "cpu", Shapes(64, 64, 1 << 18)))
-    assert "overflow" in reasons["xla_int8"]
-    assert "overflow" in reasons["xla_int8_row"] or "m=64" in reasons["xla_int8_row"]
-
-
 def lowered(pair: str, kernel: kernels.Kernel, m: int) -> str:
     c = case(pair, m, 130, 70)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (c.lhs, c.rhs))
