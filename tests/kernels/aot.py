@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def report(compiled, copy: int) -> dict:
-    """Custom calls, what cuBLASLt does after a product, temporary bytes; `copy`: bytes of the smallest decoded weight."""
+    """Calls, what cuBLASLt does after a product, bytes beside, and `copy`: bytes of the smallest weight decoded."""
     targets = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
     after = re.findall(r'"epilogue":"(\w+)"', compiled.as_text())
     return {"calls": targets, "epilogues": after, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
