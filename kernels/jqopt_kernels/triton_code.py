@@ -320,3 +320,41 @@ def gemv(
         store_row(o_ptr, 2, rn, acc2, rs, bias, N, ACTIVATION)
     if M > 3:
         store_row(o_ptr, 3, rn, acc3, rs, bias, N, ACTIVATION)
+
+
+@triton.jit
+def scaled(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, M, o_ptr,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, X_ELEMENT: tl.constexpr, ELEMENT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """y [m, n] = x [m, k] @ w [n, k].T of packed MX codes with their scales, on Blackwell's tensor cores."""
+    tiles_n: tl.constexpr = (N + BN - 1) // BN
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles_m)
+    wide = tl.minimum(tiles_n - group * GROUP, GROUP)
+    pn = group * GROUP + (pid % (GROUP * tiles_m)) % wide
+    pm = (pid % (GROUP * tiles_m)) // wide
+    rn, rm = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
+    row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
+    KW: tl.constexpr = K * BITS // 8
+    CW: tl.constexpr = BK * BITS // 8
+    KS: tl.constexpr = K // 32
+    CS: tl.constexpr = BK // 32
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range((K + BK - 1) // BK):
+        cols, blocks = i * CW + tl.arange(0, CW), i * CS + tl.arange(0, CS)
+        x = load_cols(x_ptr + row_m * KW, cols, KW, CW)
+        w = load_cols(w_ptr + row_n * KW, cols, KW, CW)
+        xs = load_cols(xs_ptr + row_m * KS, blocks, KS, CS)
+        ws = load_cols(ws_ptr + row_n * KS, blocks, KS, CS)
+        if BITS == 8:
+            x = x.to(tl.float8e4nv, bitcast=True) if X_ELEMENT == "e4m3" else x.to(tl.float8e5, bitcast=True)
+            w = w.to(tl.float8e4nv, bitcast=True) if ELEMENT == "e4m3" else w.to(tl.float8e5, bitcast=True)
+        acc = tl.dot_scaled(x, xs, X_ELEMENT, tl.trans(w), ws, ELEMENT, acc)
+    if BIAS:
+        acc = acc + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
+    o = o_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    keep = (rm[:, None] < M) & (rn[None, :] < N)
+    tl.store(o, activated(acc, ACTIVATION).to(o_ptr.dtype.element_ty), mask=keep)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _tiles, decode, triton_call
+from . import _tiles, decode, triton_call, triton_scaled
 from ._device import capability, here, platform
 from ._gradient import straight_through
 from ._operands import by_row, finish, fits_bf16, row_scale
@@ -102,6 +102,13 @@ def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> st
     if by_row(lhs) and by_row(rhs):
         return "no scale varies along k: one cuBLASLt call does it (xla_fp8)"
     return _dot_supports(lhs, rhs, device, shapes)
+
+
+def _scaled_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    if shapes.m <= SKINNY_ROWS:
+        return f"m={shapes.m}: up to {SKINNY_ROWS} rows leave the device idle, unless k is split"
+    number = capability(device) if platform(device) == "cuda" else None
+    return triton_scaled.refuses(lhs, rhs, shapes, number) or _device_refuses(device)
 
 
 def _block(spec: Operand) -> int:
@@ -242,6 +249,11 @@ LAUNCHES: dict[str, Callable] = {
 }
 
 
+def launches() -> dict[str, Callable]:
+    """Every kernel's: those of LAUNCHES, which have tiles in files, and the one that has its own."""
+    return LAUNCHES | {"triton_scaled": triton_scaled.launch}
+
+
 def _run(
     name: str, device: str | None, lhs, rhs: Packed, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int,
     out_dtype: Any, epilogue: Epilogue,
@@ -271,7 +283,7 @@ def _product(
         number = capability(device)
         assert number is not None  # `_run` has looked
         shapes = Shapes(m, n, k)
-        launch, after = LAUNCHES[name](lhs, rhs, lhs_spec, rhs_spec, shapes, out_dtype, number, epilogue=epilogue)
+        launch, after = launches()[name](lhs, rhs, lhs_spec, rhs_spec, shapes, out_dtype, number, epilogue=epilogue)
         return after(triton_call.call(launch, number))
 
     return product
@@ -290,6 +302,7 @@ def _kernel(name: str, supports: Callable, row: str | None = None) -> Kernel:
 triton_gemv = _kernel("triton_gemv", _gemv_supports)
 triton_skinny = _kernel("triton_skinny", _skinny_supports)
 triton_gemm = _kernel("triton_gemm", _gemm_supports)
+triton_scaled_gemm = _kernel("triton_scaled", _scaled_supports)
 triton_fp8_block = _kernel("triton_fp8_block", _fp8_supports)
 # The same code without a limit, for those who ask for it: it never writes a decoded weight.
 triton_gemm_large = _kernel("triton_gemm", _dot_supports, "triton_gemm_large")

@@ -61,6 +61,8 @@ def sized(c):
         x = c.lhs * to
     elif c.lhs.global_scale is not None:
         x = c.lhs._replace(global_scale=c.lhs.global_scale * to)
+    elif c.lhs.scale.dtype == jnp.uint8:  # e8m0: exponents
+        x = c.lhs._replace(scale=(c.lhs.scale.astype(jnp.int32) + round(math.log2(to))).astype(jnp.uint8))
     else:
         x = c.lhs._replace(scale=c.lhs.scale * to)
     return c._replace(lhs=x, y=c.y * float(to), bound=c.bound * float(to))

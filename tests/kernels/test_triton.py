@@ -101,6 +101,37 @@ def test_mixed_formats_in_the_interpreter():
 
 
 @cuda
+def test_block_scaled_products_in_the_interpreter():
+    """More rows than one tile, a rest of every tile; one block alone; with a bias and an activation."""
+    jobs: list[dict] = [
+        {"kernel": "triton_scaled", "pair": pair, "shape": shape} | more
+        for pair, shape, more in [
+            ("mxfp4 x mxfp4", (130, 150, 288), {}),
+            ("mxfp8 x mxfp8", (70, 20, 160), {}),
+            ("mxfp4 x mxfp4", (5, 7, 32), {"activation": "silu"}),
+        ]
+    ]
+    for one, found in zip(jobs, interpreted(jobs), strict=True):
+        assert found["bound"] <= 1 and found["shape"] == list(one["shape"][:2]), (one, found)
+
+
+@cuda
+@pytest.mark.parametrize(("spec", "kind"), [("mxfp4", "mxf4"), ("mxfp8", "mxf8f6f4")])
+def test_block_scaled_products_use_blackwells_tensor_cores(spec, kind):
+    launch = tools.launch("triton_scaled", OPERANDS[spec], OPERANDS[spec], Shapes(4096, 4096, 4096), 100)
+    made = tools.compiled(launch, 100)
+    assert f"kind::{kind}.block_scale" in made.ptx
+    assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0
+    assert made.registers <= REGISTERS and made.shared <= SHARED[100]
+    kernel = kernels.find(
+        "qdot", OPERANDS[spec], OPERANDS[spec], "cuda:100", Shapes(65, 64, 64), backend="triton_scaled"
+    )
+    x, w = (tools.abstract(OPERANDS[spec], rows, 64, is_packed=rows == 64) for rows in (65, 64))
+    text = lowered(functools.partial(kernel.run, lhs_spec=OPERANDS[spec], rhs_spec=OPERANDS[spec], n=64, k=64), x, w)
+    assert text.count("triton_kernel_call") == 1 and "dot_general" not in text
+
+
+@cuda
 def test_half_precision_activations_lose_nothing():
     """Cut into as many bfloat16 numbers as their type needs: 1 or 2."""
     jobs = [

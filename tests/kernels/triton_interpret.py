@@ -71,7 +71,7 @@ def run(name: str, c, epilogue=None, capability: int = 90) -> np.ndarray:
 
     lhs_spec, rhs_spec, n, k = c.specs.values()
     m = c.y.shape[0]
-    launch, after = triton_dot.LAUNCHES[name](
+    launch, after = triton_dot.launches()[name](
         c.lhs, c.rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability, epilogue=epilogue or Epilogue()
     )
     return np.asarray(after(jnp.asarray(interpret(launch))), np.float64)

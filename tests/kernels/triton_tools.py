@@ -51,9 +51,8 @@ def launch(
     epilogue = Epilogue(None if activation is None else jnp.zeros(shapes.n), activation)
 
     def trace(x, w):
-        kept.append(
-            triton_dot.LAUNCHES[name](x, w, lhs, rhs, shapes, jnp.float32, capability, tile=tile, epilogue=epilogue)[0]
-        )
+        own = {"epilogue": epilogue} | ({} if tile is None else {"tile": tile})
+        kept.append(triton_dot.launches()[name](x, w, lhs, rhs, shapes, jnp.float32, capability, **own)[0])
         return [o for o in kept[0].operands if not isinstance(o, int)]
 
     x = abstract(lhs, shapes.m, shapes.k, is_packed=False, dtype=dtype)
