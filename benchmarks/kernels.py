@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jqopt_kernels as kernels
-from benchmarks.kernel_cases import Case, dot, wrong
+from benchmarks.kernel_cases import Case, dot, oracle, telling, wrong
 from benchmarks.kernel_ops import CASES
 
 ROTATED_BYTES = {"gpu": 160e6, "cpu": 64e6}  # of weights in turn: more than the last cache holds
 MOST_COPIES = 16
+COMPILING = 8  # programs at the same time, on a GPU's host
 CHUNK_S, ROUNDS = 0.2, 3  # of timing at least, for each kernel
 
 
@@ -97,22 +99,27 @@ class Runner(NamedTuple):
     width: int  # bits of the factors that are multiplied
 
 
-def runner(name: str, family: str, f: Callable, sets: list[tuple], width: int, is_gpu: bool) -> tuple[Runner, Any]:
-    """A compiled runner over sets of arguments (x the same in all of them), and the first result.
+def lowered(f: Callable, sets: list[tuple], is_gpu: bool) -> Any:
+    """What is timed, before it is compiled: `f` of x and one weight, or on a GPU of x and each of them.
 
     On a GPU all sets are products of one executable, since starting one takes longer than a small product; on a CPU
     XLA would run them at the same time, so they are started one by one.
     """
     x, weights = sets[0][0], [w for _, w in sets]
-    first = jax.jit(f)
-    y = jax.block_until_ready(first(x, weights[0]))
+    if is_gpu:
+        return jax.jit(lambda x, ws: [f(x, w) for w in ws]).lower(x, weights)
+    return jax.jit(f).lower(x, weights[0])
+
+
+def runner(name: str, family: str, run: Any, sets: list[tuple], width: int, is_gpu: bool) -> tuple[Runner, Any]:
+    """A runner of a compiled program (`lowered`) over its sets of arguments, and the first result."""
+    x, weights = sets[0][0], [w for _, w in sets]
+    y = jax.block_until_ready(run(x, weights)[0] if is_gpu else run(x, weights[0]))
     moved = sum(leaf.nbytes for leaf in jax.tree.leaves((x, weights[0], y)))
     if is_gpu:
-        every = jax.jit(lambda x, ws: [f(x, w) for w in ws])
-        jax.block_until_ready(every(x, weights))
-        return Runner(name, family, lambda: every(x, weights), len(weights), moved, width), y
+        return Runner(name, family, lambda: run(x, weights), len(weights), moved, width), y
     turn = iter(int(i) for i in np.resize(np.arange(len(weights)), 1 << 20))
-    return Runner(name, family, lambda: first(x, weights[next(turn)]), 1, moved, width), y
+    return Runner(name, family, lambda: run(x, weights[next(turn)]), 1, moved, width), y
 
 
 def race(runners: list[Runner], deadline: float) -> list[float]:
@@ -132,8 +139,38 @@ def race(runners: list[Runner], deadline: float) -> list[float]:
 # ------------------------------------------------------------------------------------------------- one product
 
 
+class Attempt(NamedTuple):
+    """One kernel on its way to a row: what it is made of, its program as far as it came, and how long that took."""
+
+    row: dict
+    kernel: kernels.Kernel
+    width: int
+    program: Any = None
+    seconds: float = 0.0
+    why: str | None = None
+
+    def then(self, step: Callable[[Any], Any]) -> Attempt:
+        """The next step of the program; a kernel that fails in it is a row of the table, not the end of it."""
+        if self.why is not None:
+            return self
+        start = time.perf_counter()
+        try:
+            program, why = step(self.program), None
+        except Exception as error:
+            program, why = None, failure(error)
+        return self._replace(program=program, why=why, seconds=self.seconds + time.perf_counter() - start)
+
+
+def failure(error: Exception) -> str:
+    """FAILED, with the first line of the reason."""
+    return f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
 def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
-    """The rows of one product: timed, wrong, over the time of a row, or refused."""
+    """The rows of one product: timed, failed (wrong ones too), over the time of a row, or refused.
+
+    All its programs are compiled at the same time where there are cores to do so.
+    """
     is_gpu, device = jax.default_backend() != "cpu", kernels.here()
     about = {"op": case.op, "formats": case.label, **case.shapes._asdict()}
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(case.arrays(0, 1)[1]))
@@ -141,26 +178,32 @@ def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
     width = {jnp.dtype(jnp.bfloat16): 16}.get(jnp.dtype(case.dtype), 32)
     plain_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(case.baseline(0)[1]))
     floats = [case.baseline(i) for i in range(_copies(plain_bytes, is_gpu))]
-    running = [runner("float", "xla", case.plain, floats, width, is_gpu)[0]]
+    plain = lowered(case.plain, floats, is_gpu).compile()
+    running = [runner("float", "xla", plain, floats, width, is_gpu)[0]]
+    attempts, want = [], None
     for kernel, why in _candidates(case, device):
         row = {**about, "kernel": kernel.name, "family": kernel.backend}
         if why is not None:
             yield {**row, "status": "refused", "why": why}
             continue
-        start = time.perf_counter()
-        try:
-            narrow = _bits(case, kernel) if is_gpu else width
-            one, y = runner(kernel.name, kernel.backend, case.run(kernel), sets, narrow, is_gpu)
-            said = wrong(case, y)
-        except Exception as error:  # a kernel that fails is a row of the table, not the end of it
-            said = f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-        took = time.perf_counter() - start
-        if said is None and took > row_s:
-            said = f"over the {row_s:.0f} s of a row: compiling and checking took {took:.1f} s"
+        one = Attempt(row, kernel, _bits(case, kernel) if is_gpu else width)
+        attempts.append(one.then(lambda _, kernel=kernel: lowered(case.run(kernel), sets, is_gpu)))
+    with ThreadPoolExecutor(COMPILING if is_gpu else 1) as pool:
+        attempts = list(pool.map(lambda one: one.then(lambda program: program.compile()), attempts))
+    for one in attempts:
+        name, family, own = one.kernel.name, one.kernel.backend, one.width
+        one = one.then(lambda p, name=name, family=family, own=own: runner(name, family, p, sets, own, is_gpu))
+        if one.why is None:
+            want = oracle(case) if want is None else want
+            one = one.then(lambda made, want=want: (made[0], wrong(case, made[1], want)))
+        said = one.why or one.program[1]
         if said is not None:
-            yield {**row, "status": "failed", "why": said}
+            yield {**one.row, "status": "failed", "why": said}
+        elif one.seconds > row_s:
+            why = f"over the {row_s:.0f} s of a row: compiling and checking took {one.seconds:.1f} s"
+            yield {**one.row, "status": "left out", "why": why}
         else:
-            running.append(one)
+            running.append(one.program[0])
     times = race(running, time.perf_counter() + row_s)
     decode = next((s for one, s in zip(running, times, strict=True) if one.name == "xla_decode"), None)
     for one, s in zip(running, times, strict=True):
@@ -244,6 +287,17 @@ def line(row: dict) -> str:
     return " ".join([*cells, *(cell.rjust(width) for cell, width in zip(numbers, WIDTHS[6:], strict=True))])
 
 
+def guarded(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
+    """All rows of a case; where the case itself fails (its float product, memory), a row that says so ends them."""
+    try:
+        yield from measure(case, limit, row_s)
+        if (extra := torch_scaled_mm(case)) is not None:
+            yield extra
+    except Exception as error:
+        row = {"op": case.op, "formats": case.label, **case.shapes._asdict(), "kernel": "-", "family": "-"}
+        yield {**row, "status": "failed", "why": failure(error)}
+
+
 def table(chosen: list[Case], limit: Limit | None, budget_s: float, row_s: float, refusals: bool) -> Iterator[dict]:
     """All rows, printed as they come; products for which the budget leaves no time have a line at the end."""
     end, left, refused = time.perf_counter() + budget_s, [], {}
@@ -252,8 +306,7 @@ def table(chosen: list[Case], limit: Limit | None, budget_s: float, row_s: float
         if time.perf_counter() > end:
             left.append(case)
             continue
-        extra = torch_scaled_mm(case)
-        for row in [*measure(case, limit, row_s), *([] if extra is None else [extra])]:
+        for row in guarded(case, limit, row_s):
             if row["status"] == "refused":
                 refused.setdefault((row["kernel"], row["why"]), []).append(row)
             if row["status"] != "refused" or refusals:
@@ -266,9 +319,9 @@ def table(chosen: list[Case], limit: Limit | None, budget_s: float, row_s: float
         print(f"not run, the budget of {budget_s:.0f} s is over: {len(left)} products: {some} ...")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints one table; writes it as JSON where asked."""
-    asked = _parser().parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    """Prints one table; writes it as JSON where asked. Returns 1 where a row failed, else 0."""
+    asked, start = _parser().parse_args(argv), time.perf_counter()
     device, cases = jax.devices()[0], []
     for op in dict.fromkeys(kernel.op for kernel in kernels.KERNELS):
         if op not in CASES:
@@ -276,7 +329,9 @@ def main(argv: list[str] | None = None) -> None:
         elif asked.op in (None, op):
             shapes = ((asked.size, asked.size),) if asked.size else ((1024, 1024),) if asked.quick else None
             rows = tuple(asked.rows) if asked.rows else (1, 16) if asked.quick else None
-            some = CASES[op](jax.default_backend() != "cpu", shapes, rows)
+            some = list(CASES[op](jax.default_backend() != "cpu", shapes, rows))
+            if not (shapes or rows or asked.full):
+                some = [case for case in some if telling(case)]
             # products have a hundred times as many: one case of each other op after every few of theirs
             cases += [(i if op == "qdot" else 4 * i + 3, case) for i, case in enumerate(some)]
     cases = [c for _, c in sorted(cases, key=lambda one: one[0])]
@@ -290,11 +345,15 @@ def main(argv: list[str] | None = None) -> None:
     if asked.json is not None:
         head = {"about": about, "limit": None if limit is None else limit._asdict()}
         asked.json.write_text(json.dumps({**head, "rows": rows}, indent=1))
+    failed = [row for row in rows if row["status"] == "failed"]
+    print(f"{len(rows)} rows, {len(failed)} failed, {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="size 1024, one and 16 rows")
+    parser.add_argument("--full", action="store_true", help="on a GPU: every shape with every format (hours)")
     parser.add_argument("--budget-s", type=float, default=540.0, help="no product is begun after so many seconds")
     parser.add_argument("--row-s", type=float, default=30.0, help="to compile, check and time one row")
     parser.add_argument("--op", help="this op of the table only")
@@ -307,4 +366,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -3,6 +3,7 @@
 from ._device import here
 from ._types import Kernel, Operand, Packed, Shapes
 from .attend import Attention
+from .epilogue import Epilogue
 from .ffi_build import BuildError, build
 from .quantize_way import Random, Way
 from .table import FAMILIES, KERNELS, KernelRefusal, NoKernelError, asked, backends, explain, find, using
@@ -12,6 +13,7 @@ __all__ = [
     "KERNELS",
     "Attention",
     "BuildError",
+    "Epilogue",
     "Kernel",
     "KernelRefusal",
     "NoKernelError",

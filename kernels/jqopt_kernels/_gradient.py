@@ -13,6 +13,7 @@ from jax import lax
 from . import decode
 from ._operands import decoded, row_scale
 from ._types import Operand, Packed
+from .epilogue import NOTHING, Epilogue, check
 
 
 def weight_values(rhs: Packed, spec: Operand, n: int, k: int) -> jax.Array:
@@ -23,30 +24,39 @@ def weight_values(rhs: Packed, spec: Operand, n: int, k: int) -> jax.Array:
 
 
 def straight_through(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`Kernel.run` with a gradient: d lhs = d y @ the decoded weight for a float lhs; nothing else has one.
+    """`Kernel.run` with a gradient: d lhs = d y @ the decoded weight for a float lhs, d bias; nothing else has one.
 
-    product(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype) -> [m, n].
+    product(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue) -> [m, n]. Where there is a gradient to find,
+    the epilogue is no part of the product: what the activation was given is kept.
     """
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-    def run(lhs, rhs, lhs_spec, rhs_spec, n, k, out_dtype):
-        return product(lhs, rhs, lhs_spec=lhs_spec, rhs_spec=rhs_spec, n=n, k=k, out_dtype=out_dtype)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7, 8))
+    def run(lhs, rhs, bias, lhs_spec, rhs_spec, n, k, out_dtype, activation):
+        static = {"lhs_spec": lhs_spec, "rhs_spec": rhs_spec, "n": n, "k": k}
+        return product(lhs, rhs, **static, out_dtype=out_dtype, epilogue=Epilogue(bias, activation))
 
-    def forward(lhs, rhs, *static):
+    def forward(lhs, rhs, bias, lhs_spec, rhs_spec, n, k, out_dtype, activation):
         like = None if isinstance(lhs, Packed) else jnp.zeros((0,), lhs.dtype)
-        return run(lhs, rhs, *static), (rhs, like)
+        if bias is None and activation is None:
+            return run(lhs, rhs, None, lhs_spec, rhs_spec, n, k, out_dtype, None), (rhs, like, None)
+        y = run(lhs, rhs, None, lhs_spec, rhs_spec, n, k, jnp.dtype(jnp.float32), None)
+        y, back = jax.vjp(lambda y, bias: Epilogue(bias, activation).after(y).astype(out_dtype), y, bias)
+        return y, (rhs, like, back)
 
-    def backward(lhs_spec, rhs_spec, n, k, out_dtype, kept, g):
-        rhs, like = kept
+    def backward(lhs_spec, rhs_spec, n, k, out_dtype, activation, kept, g):
+        rhs, like, back = kept
+        g, dbias = (g, None) if back is None else back(g)
         if like is None:
-            return None, None
+            return None, None, dbias
         w, g = weight_values(rhs, rhs_spec, n, k), g.astype(jnp.float32)
-        return lax.dot(g, w, precision="highest", preferred_element_type=jnp.float32).astype(like.dtype), None
+        dx = lax.dot(g, w, precision="highest", preferred_element_type=jnp.float32)
+        return dx.astype(like.dtype), None, dbias
 
     run.defvjp(forward, backward)
 
-    def keyword(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32) -> Any:
-        return run(lhs, rhs, lhs_spec, rhs_spec, n, k, jnp.dtype(out_dtype))
+    def keyword(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING) -> Any:
+        check(epilogue, n)
+        return run(lhs, rhs, epilogue.bias, lhs_spec, rhs_spec, n, k, jnp.dtype(out_dtype), epilogue.activation)
 
     return keyword
 

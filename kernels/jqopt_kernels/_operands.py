@@ -9,6 +9,7 @@ from jax import lax
 
 from . import decode
 from ._types import Operand, Packed
+from .epilogue import NOTHING, Epilogue
 
 NT = (((1,), (1,)), ((), ()))  # [m, k] x [n, k] -> [m, n]
 
@@ -100,8 +101,14 @@ def left(lhs: jax.Array | Packed, spec: Operand, k: int) -> tuple[jax.Array, jax
     return decoded(decode.raw(lhs.data, spec.element), decode.unit(spec.element), lhs, spec, k), row_scale(lhs, spec)
 
 
-def finish(y: jax.Array, left_scale: jax.Array | None, right_scale: jax.Array | None, out_dtype) -> jax.Array:
-    """Apply row scales, each [] or [m or 1, 1] and [n or 1, 1], to a product [m, n]."""
+def finish(
+    y: jax.Array,
+    left_scale: jax.Array | None,
+    right_scale: jax.Array | None,
+    out_dtype,
+    epilogue: Epilogue = NOTHING,
+) -> jax.Array:
+    """Apply row scales, each [] or [m or 1, 1] and [n or 1, 1], to a product [m, n], and what follows it."""
     for scale in (None if right_scale is None else right_scale.T, left_scale):
         y = y if scale is None else y * scale
-    return y.astype(out_dtype)
+    return epilogue.after(y).astype(out_dtype)

@@ -87,19 +87,7 @@ def along(ref: Any, weight: Weight, rows: jax.Array, step: Any, bk: int, lead: t
 
 def scales(refs: Arrays, weight: Weight, rows: jax.Array, step: Any, bk: int, lead: tuple = ()) -> jax.Array:
     """f32 scales of a tile, [bn, blocks in it]."""
-    return decoded_scale(along(refs.scale, weight, rows, step, bk, lead), weight.spec.scale)
-
-
-def decoded_scale(stored: jax.Array, kind: str | None) -> jax.Array:
-    """As `decode.scales`, in operations that Triton has."""
-    if stored.dtype != jnp.uint8:
-        return stored.astype(jnp.float32)
-    if kind == "e4m3":
-        return decode.values(stored, "e4m3")
-    byte = lax.convert_element_type(stored, np.int32)
-    bits = lax.select(byte == 0, jnp.full_like(byte, 1 << 22), lax.shift_left(byte, jnp.full_like(byte, 23)))
-    value = lax.bitcast_convert_type(bits, jnp.float32)  # 2^(byte - 127): the exponent's field; 2^-127 is subnormal
-    return lax.select(byte == 255, jnp.full_like(value, np.nan), value)
+    return decode.scales_by_bits(along(refs.scale, weight, rows, step, bk, lead), weight.spec.scale)
 
 
 def numbers(refs: Arrays, weight: Weight, rows: jax.Array, step: Any, bk: int, lead: tuple = ()) -> list[jax.Array]:

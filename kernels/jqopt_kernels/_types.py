@@ -58,8 +58,8 @@ class Kernel(NamedTuple):
 
     supports(lhs, rhs, device, shapes) is None where the kernel can do it, else the reason why not.
     prepare(packed) -> packed is applied once to a weight that will be used many times (may be the identity).
-    run(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype) -> [m, n]; see `reference.qdot` for what it must equal. Of the
-        op "ragged": run(lhs, rhs, sizes, *, ...), see `reference.ragged`; of "attend", see `attend`.
+    run(lhs, rhs, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue) -> [m, n]; see `reference.qdot` for what it must
+        equal. Of the op "ragged": run(lhs, rhs, sizes, *, ...), see `reference.ragged`; of "attend", see `attend`.
     low_precision: it multiplies the codes of a quantized lhs themselves. Any other kernel decodes them first, so that
         a caller who has the values at hand may as well pass those, as a float lhs.
     backend: the family it belongs to, by which callers may ask for it: xla, triton, pallas, ffi or reference.

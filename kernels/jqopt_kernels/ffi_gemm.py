@@ -17,6 +17,7 @@ from . import decode, ffi_build
 from ._device import platform
 from ._operands import by_row, decoded, dot, finish, left, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
+from .epilogue import NOTHING
 
 ELEMENTS = {"e2m1": 0, "int4": 1, "uint4": 2, "int8": 3, "e4m3": 4, "e5m2": 5}  # as in ffi/gemm.h
 SCALES = {None: 0, "float32": 1, "e4m3": 2, "e8m0": 3}
@@ -25,10 +26,10 @@ MOST_ROWS = 32  # with more, float32 products are as fast and XLA's forms are to
 BEST = -1  # the best instruction set of this processor; else its place in `ffi_build.Library.isas`
 
 
-def _gemm(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, isa: int = BEST):
+def _gemm(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING, isa: int = BEST):
     x, left_scale = left(lhs, lhs_spec, k)
     y: Any = _product(x, rhs._replace(global_scale=None), rhs_spec, n, isa)
-    return finish(y, left_scale, row_scale(rhs, rhs_spec), out_dtype)
+    return finish(y, left_scale, row_scale(rhs, rhs_spec), out_dtype, epilogue)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

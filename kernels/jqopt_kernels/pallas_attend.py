@@ -66,7 +66,7 @@ def _tile(side: Side, spec: Operand, width: int, where: tuple, seen: jax.Array) 
     stored = load(
         side.scale, (batch, at[:, None], (head * held + blocks)[None, :]), seen[:, None] & (blocks < held)[None, :]
     )
-    scale = tiles.spread(tiles.decoded_scale(stored, spec.scale), count)
+    scale = tiles.spread(decode.scales_by_bits(stored, spec.scale), count)
     return [w * unit * scale for w in numbers], None
 
 

@@ -201,10 +201,10 @@ def _narrowed(tile: Tile, weight: Weight, block: int | None) -> Tile:
 
 
 def _one(body: Any, name: str, tile: Tile) -> Any:
-    def product(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype):
+    def product(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue):
         m, weight = _rows_of(lhs), Weight(rhs_spec, n, k)
         if 0 in (m, n, k):
-            return jnp.zeros((m, n), out_dtype)
+            return finish(jnp.zeros((m, n), jnp.float32), None, None, out_dtype, epilogue)
         row = row_scale(lhs, lhs_spec) if isinstance(lhs, Packed) else None
         if body is _gemv:
             x, after = Left(_values(lhs, lhs_spec, k)), False
@@ -219,7 +219,7 @@ def _one(body: Any, name: str, tile: Tile) -> Any:
         y = _run(body, plan, x, tiles.arrays(rhs, weight), name)
         if not weight.in_blocks and _unit(weight) != 1:
             y = y * np.float32(_unit(weight))
-        return finish(y, row, tiles.outside(rhs, rhs_spec), out_dtype)
+        return finish(y, row, tiles.outside(rhs, rhs_spec), out_dtype, epilogue)
 
     return straight_through(product)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from ._types import Kernel, Operand, Packed, Shapes, as_is
+from .epilogue import NOTHING, Epilogue
 
 # exponent bits, mantissa bits, bias; OCP Microscaling Formats v1.0 (5.3), OCP 8-bit Floating Point (OFP8) v1.0
 _FLOATS = {"e2m1": (2, 1, 1), "e2m3": (2, 3, 1), "e3m2": (3, 2, 3), "e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
@@ -101,8 +102,11 @@ def dequantize(packed: Packed, spec: Operand, rows: int, k: int, *, is_packed: b
     return values if packed.global_scale is None else values * packed.global_scale
 
 
-def qdot(lhs, rhs: Packed, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int, out_dtype=jnp.float32):
-    """y [m, n] = dequantize(lhs) [m, k] @ dequantize(rhs).T [k, n], products and sums in f32.
+def qdot(
+    lhs, rhs: Packed, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int, out_dtype=jnp.float32,
+    epilogue: Epilogue = NOTHING,
+):  # fmt: skip
+    """y [m, n] = dequantize(lhs) [m, k] @ dequantize(rhs).T [k, n], products and sums in f32; then the epilogue.
 
     lhs: float array [m, k], or `Packed` with unpacked codes. rhs: `Packed`.
     """
@@ -111,7 +115,7 @@ def qdot(lhs, rhs: Packed, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: i
     y = lax.dot_general(
         x.astype(jnp.float32), w, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
     )
-    return y.astype(out_dtype)
+    return epilogue.after(y).astype(out_dtype)
 
 
 def _supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:

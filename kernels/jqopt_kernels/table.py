@@ -15,9 +15,18 @@ from .pallas_dot import pallas_gemm, pallas_gemv, pallas_skinny
 from .pallas_grouped import pallas_ragged
 from .quantize_table import QUANTIZERS
 from .reference import reference, reference_ragged
-from .triton_dot import triton_fp8_block, triton_gemm, triton_gemm_large, triton_gemv, triton_skinny
+from .triton_dot import (
+    triton_fp8_block,
+    triton_gemm,
+    triton_gemm_large,
+    triton_gemv,
+    triton_scaled_gemm,
+    triton_skinny,
+)
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_grouped import xla_ragged
+from .xla_row import xla_row
+from .xla_scaled import xla_scaled
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
@@ -26,12 +35,15 @@ KERNELS: tuple[Kernel, ...] = (
     xla_int8_row,
     xla_fp8,
     xla_fp8_dot,
+    xla_scaled,
+    triton_scaled_gemm,
     triton_fp8_block,
     triton_gemv,
     triton_skinny,
     triton_gemm,
     ffi_gemm,
     xla_tiled_bf16,
+    xla_row,
     xla_tiled,
     pallas_gemv,
     pallas_skinny,

@@ -128,13 +128,30 @@ def dot_parts(w, x, acc, PARTS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def activated(y, ACTIVATION: tl.constexpr):
+    """f32 -> f32, as `epilogue.ACTIVATIONS`; "none" for none. NaN stays NaN."""
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the logistic function of 2 u
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return y
+
+
+@triton.jit
 def product(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, ls_ptr, rs_ptr, M, o_ptr,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, ls_ptr, rs_ptr, b_ptr, M, o_ptr,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
     X_ELEMENT: tl.constexpr, X_SCALE: tl.constexpr, X_BLOCK: tl.constexpr, X_OUTSIDE: tl.constexpr,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     OUTSIDE: tl.constexpr, LS: tl.constexpr, RS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y [SPLIT, m, n] = x [m, k] @ decoded(w [n, k]).T on tensor cores, as w @ x.T: weights stay in registers.
 
@@ -213,6 +230,9 @@ def product(
         y = y * tl.load(ls_ptr)
     elif LS == 2:
         y = y * tl.load(ls_ptr + row_m)
+    if BIAS:
+        y = y + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
+    y = activated(y, ACTIVATION)
     o = o_ptr + (pk.to(tl.int64) * M + rm.to(tl.int64)[:, None]) * N + rn[None, :]
     tl.store(o, y.to(o_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
@@ -235,17 +255,19 @@ def block_sums(
 
 
 @triton.jit
-def store_row(o_ptr, row: tl.constexpr, rn, acc, rs, N: tl.constexpr):
+def store_row(o_ptr, row: tl.constexpr, rn, acc, rs, bias, N: tl.constexpr, ACTIVATION: tl.constexpr):
     """One row of the result from its sums by block [BN, COUNT]."""
-    tl.store(o_ptr + row * N + rn, (tl.sum(acc, 1) * rs).to(o_ptr.dtype.element_ty), mask=rn < N)
+    y = activated(tl.sum(acc, 1) * rs + bias, ACTIVATION)
+    tl.store(o_ptr + row * N + rn, y.to(o_ptr.dtype.element_ty), mask=rn < N)
 
 
 @triton.jit
 def gemv(
-    x_ptr, w_ptr, ws_ptr, wz_ptr, rs_ptr, o_ptr,
+    x_ptr, w_ptr, ws_ptr, wz_ptr, rs_ptr, b_ptr, o_ptr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    ZERO: tl.constexpr, RS: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    ZERO: tl.constexpr, RS: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y [m, n] = x [m, k] @ decoded(w [n, k]).T for up to four rows, in float32: block sums first, then their scale.
 
@@ -288,10 +310,51 @@ def gemv(
         rs = rs * tl.load(rs_ptr)
     elif RS == 2:
         rs = tl.load(rs_ptr + tl.minimum(rn, N - 1))
-    store_row(o_ptr, 0, rn, acc0, rs, N)
+    bias = tl.full((1,), 0.0, tl.float32)
+    if BIAS:
+        bias = tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)
+    store_row(o_ptr, 0, rn, acc0, rs, bias, N, ACTIVATION)
     if M > 1:
-        store_row(o_ptr, 1, rn, acc1, rs, N)
+        store_row(o_ptr, 1, rn, acc1, rs, bias, N, ACTIVATION)
     if M > 2:
-        store_row(o_ptr, 2, rn, acc2, rs, N)
+        store_row(o_ptr, 2, rn, acc2, rs, bias, N, ACTIVATION)
     if M > 3:
-        store_row(o_ptr, 3, rn, acc3, rs, N)
+        store_row(o_ptr, 3, rn, acc3, rs, bias, N, ACTIVATION)
+
+
+@triton.jit
+def scaled(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, M, o_ptr,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, X_ELEMENT: tl.constexpr, ELEMENT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """y [m, n] = x [m, k] @ w [n, k].T of packed MX codes with their scales, on Blackwell's tensor cores."""
+    tiles_n: tl.constexpr = (N + BN - 1) // BN
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles_m)
+    wide = tl.minimum(tiles_n - group * GROUP, GROUP)
+    pn = group * GROUP + (pid % (GROUP * tiles_m)) % wide
+    pm = (pid % (GROUP * tiles_m)) // wide
+    rn, rm = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
+    row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
+    KW: tl.constexpr = K * BITS // 8
+    CW: tl.constexpr = BK * BITS // 8
+    KS: tl.constexpr = K // 32
+    CS: tl.constexpr = BK // 32
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range((K + BK - 1) // BK):
+        cols, blocks = i * CW + tl.arange(0, CW), i * CS + tl.arange(0, CS)
+        x = load_cols(x_ptr + row_m * KW, cols, KW, CW)
+        w = load_cols(w_ptr + row_n * KW, cols, KW, CW)
+        xs = load_cols(xs_ptr + row_m * KS, blocks, KS, CS)
+        ws = load_cols(ws_ptr + row_n * KS, blocks, KS, CS)
+        if BITS == 8:
+            x = x.to(tl.float8e4nv, bitcast=True) if X_ELEMENT == "e4m3" else x.to(tl.float8e5, bitcast=True)
+            w = w.to(tl.float8e4nv, bitcast=True) if ELEMENT == "e4m3" else w.to(tl.float8e5, bitcast=True)
+        acc = tl.dot_scaled(x, xs, X_ELEMENT, tl.trans(w), ws, ELEMENT, acc)
+    if BIAS:
+        acc = acc + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
+    o = o_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]
+    keep = (rm[:, None] < M) & (rn[None, :] < N)
+    tl.store(o, activated(acc, ACTIVATION).to(o_ptr.dtype.element_ty), mask=keep)

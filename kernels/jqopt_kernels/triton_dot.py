@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _tiles, decode, triton_call
+from . import _tiles, decode, triton_call, triton_scaled
 from ._device import capability, here, platform
-from ._operands import by_row, decoded, finish, fits_bf16, row_scale
+from ._gradient import straight_through
+from ._operands import by_row, finish, fits_bf16, row_scale
 from ._tiles import Tile
 from ._types import Kernel, Operand, Packed, Shapes, as_is
+from .epilogue import NOTHING, Epilogue
 from .triton_call import Launch
 
 ELEMENTS = ("e2m1", "e4m3", "e5m2", "int4", "uint4", "int8")  # what triton_code.code_half decodes
@@ -102,6 +104,13 @@ def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> st
     return _dot_supports(lhs, rhs, device, shapes)
 
 
+def _scaled_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
+    if shapes.m <= SKINNY_ROWS:
+        return f"m={shapes.m}: up to {SKINNY_ROWS} rows leave the device idle, unless k is split"
+    number = capability(device) if platform(device) == "cuda" else None
+    return triton_scaled.refuses(lhs, rhs, shapes, number) or _device_refuses(device)
+
+
 def _block(spec: Operand) -> int:
     """Columns that share a scale; 0 where scales do not vary along k."""
     block = spec.block[1] if isinstance(spec.block, tuple) else spec.block
@@ -149,7 +158,7 @@ def _side(operand: Any, spec: Operand, rows: int, k: int) -> _Side:
 
 def gemv_launch(
     lhs, rhs: Packed, lhs_spec: Operand, rhs_spec: Operand, shapes: Shapes, out_dtype, number: int, *,
-    tile: Tile | None = None,
+    tile: Tile | None = None, epilogue: Epilogue = NOTHING,
 ):  # fmt: skip
     """(Launch, what to do with its result) of `triton_code.gemv`; `number` is the device's compute capability."""
     m, n, k, _ = shapes
@@ -162,16 +171,17 @@ def gemv_launch(
         "M": m, "N": n, "K": k, "BN": tile.bn, "BK": tile.bk, "SUB": min(_block(rhs_spec) or wide, wide),
         "ELEMENT": rhs_spec.element, "BITS": bits, "SCALE": w.kind, "BLOCK_ROWS": w.per[0], "BLOCK": w.per[1],
         "ZERO": zero is not None, "RS": _mode(w.row), "STAGES": tile.stages,
+        "BIAS": epilogue.bias is not None, "ACTIVATION": epilogue.activation or "none",
         "UNIT": decode.unit(rhs_spec.element) if rhs_spec.element == "e2m1" else 1.0,
     }  # fmt: skip
-    operands = (x.data, w.data, w.scale, _flat(zero) if zero is None else zero, _flat(w.row))
+    operands = (x.data, w.data, w.scale, _flat(zero) if zero is None else zero, _flat(w.row), _flat(epilogue.bias))
     out = jax.ShapeDtypeStruct((m, n), out_dtype)
     return Launch("gemv", operands, out, (-(-n // tile.bn), 1), constants, tile.warps, tile.stages), lambda y: y
 
 
 def dot_launch(
     lhs, rhs: Packed, lhs_spec: Operand, rhs_spec: Operand, shapes: Shapes, out_dtype, number: int, *,
-    kernel: str, tile: Tile | None = None,
+    kernel: str, tile: Tile | None = None, epilogue: Epilogue = NOTHING,
 ):  # fmt: skip
     """(Launch, what to do with its result) of `triton_code.product` with the tiles of `kernel`."""
     m, n, k, _ = shapes
@@ -181,7 +191,7 @@ def dot_launch(
     bk = min([tile.bk, *(_block(s) for s in (lhs_spec, rhs_spec) if _outside(s))])
     tiles = -(-n // tile.bn) * -(-m // tile.bm)
     split = _split(tile, tiles, k, bk)
-    whole = split == 1
+    whole, inside = split == 1, epilogue if split == 1 else NOTHING
     constants = {
         "N": n, "K": k, "BM": tile.bm, "BN": tile.bn, "BK": bk, "SPLIT": split, "GROUP": tile.group,
         "HALVES": tile.halves, "PARTS": PARTS.get(x.data.dtype.name, 1), "FP8": fp8, "BITS": bits,
@@ -189,12 +199,13 @@ def dot_launch(
         "ELEMENT": rhs_spec.element, "SCALE": w.kind, "BLOCK_ROWS": w.per[0], "BLOCK": w.per[1],
         "OUTSIDE": _outside(rhs_spec), "UNIT": 1.0 if fp8 else _unit(lhs_spec) * _unit(rhs_spec), "WIDE": False,
         "LS": _mode(x.row) if whole else 0, "RS": _mode(w.row) if whole else 0,
+        "BIAS": inside.bias is not None, "ACTIVATION": inside.activation or "none",
     }  # fmt: skip
-    operands = (x.data, x.scale, w.data, w.scale, _flat(x.row), _flat(w.row), m)
+    operands = (x.data, x.scale, w.data, w.scale, _flat(x.row), _flat(w.row), _flat(inside.bias), m)
     out = jax.ShapeDtypeStruct((m, n) if whole else (split, m, n), out_dtype if whole else jnp.float32)
     launch = Launch("product", operands, out, (tiles, split), constants, tile.warps, tile.stages)
     # parts of k are added in one order, whichever is done first; XLA fuses this with what reads it
-    return launch, (lambda y: y) if whole else lambda y: finish(jnp.sum(y, axis=0), x.row, w.row, out_dtype)
+    return launch, (lambda y: y) if whole else lambda y: finish(jnp.sum(y, axis=0), x.row, w.row, out_dtype, epilogue)
 
 
 def _split(tile: Tile, tiles: int, k: int, bk: int) -> int:
@@ -238,53 +249,49 @@ LAUNCHES: dict[str, Callable] = {
 }
 
 
+def launches() -> dict[str, Callable]:
+    """Every kernel's: those of LAUNCHES, which have tiles in files, and the one that has its own."""
+    return LAUNCHES | {"triton_scaled": triton_scaled.launch}
+
+
 def _run(
     name: str, device: str | None, lhs, rhs: Packed, *, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int,
-    out_dtype: Any = jnp.float32,
+    out_dtype: Any, epilogue: Epilogue,
 ) -> jax.Array:  # fmt: skip
     """`reference.qdot` by one kernel. Raises ValueError where the device is none these kernels are for."""
     device = here() if device is None else device
     if why := _device_refuses(device):
         raise ValueError(f"{name}: {why}. A kernel from jqopt_kernels.find(..., 'cuda:90') knows its device")
-    return _product(name, device, lhs_spec, rhs_spec, n, k, np.dtype(out_dtype))(lhs, rhs)
+    bias = None if epilogue.bias is None else epilogue.bias.astype(jnp.float32)
+    product = _product(name, device, lhs_spec, rhs_spec, n, k, np.dtype(out_dtype), epilogue.activation)
+    return product(lhs, rhs, bias)
 
 
 @functools.lru_cache(maxsize=1024)
-def _product(name: str, device: str, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int, out_dtype: np.dtype):
-    """The product as a function of arrays: it can be differentiated in a float lhs, and mapped (one at a time)."""
+def _product(
+    name: str, device: str, lhs_spec: Operand, rhs_spec: Operand, n: int, k: int, out_dtype: np.dtype,
+    activation: str | None,
+) -> Callable[..., jax.Array]:  # fmt: skip
+    """The product as a function of arrays, which can be mapped (one at a time)."""
 
     @jax.custom_batching.sequential_vmap
-    def forward(lhs, rhs: Packed) -> jax.Array:
+    def product(lhs, rhs: Packed, bias: jax.Array | None) -> jax.Array:
         m = lhs.data.shape[0] if isinstance(lhs, Packed) else lhs.shape[0]
+        epilogue = Epilogue(bias, activation)
         if 0 in (m, n, k):
-            return jnp.zeros((m, n), out_dtype)
+            return epilogue.after(jnp.zeros((m, n), jnp.float32)).astype(out_dtype)
         number = capability(device)
         assert number is not None  # `_run` has looked
-        launch, after = LAUNCHES[name](lhs, rhs, lhs_spec, rhs_spec, Shapes(m, n, k), out_dtype, number)
+        shapes = Shapes(m, n, k)
+        launch, after = launches()[name](lhs, rhs, lhs_spec, rhs_spec, shapes, out_dtype, number, epilogue=epilogue)
         return after(triton_call.call(launch, number))
 
-    def saved(lhs, rhs):
-        like = None if isinstance(lhs, Packed) else jnp.zeros((0,), lhs.dtype)
-        return forward(lhs, rhs), (like, rhs)
-
-    def backward(kept, g):
-        like, rhs = kept
-        if like is None:
-            return None, None
-        w = decoded(*decode.whole(rhs.data, rhs_spec.element, k), rhs, rhs_spec, k)
-        scale = row_scale(rhs, rhs_spec)
-        w = w if scale is None else w * scale
-        dx = lax.dot_general(g.astype(jnp.float32), w, (((1,), (0,)), ((), ())), precision="highest")
-        return dx.astype(like.dtype), None
-
-    product = jax.custom_vjp(forward)
-    product.defvjp(saved, backward)
     return product
 
 
 @functools.lru_cache(maxsize=256)
 def _on(name: str, device: str | None) -> Callable[..., jax.Array]:
-    return functools.partial(_run, name, device)
+    return straight_through(functools.partial(_run, name, device))
 
 
 def _kernel(name: str, supports: Callable, row: str | None = None) -> Kernel:
@@ -295,6 +302,7 @@ def _kernel(name: str, supports: Callable, row: str | None = None) -> Kernel:
 triton_gemv = _kernel("triton_gemv", _gemv_supports)
 triton_skinny = _kernel("triton_skinny", _skinny_supports)
 triton_gemm = _kernel("triton_gemm", _gemm_supports)
+triton_scaled_gemm = _kernel("triton_scaled", _scaled_supports)
 triton_fp8_block = _kernel("triton_fp8_block", _fp8_supports)
 # The same code without a limit, for those who ask for it: it never writes a decoded weight.
 triton_gemm_large = _kernel("triton_gemm", _dot_supports, "triton_gemm_large")

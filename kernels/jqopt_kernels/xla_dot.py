@@ -9,6 +9,7 @@ from . import decode
 from ._device import GPUS, platform
 from ._operands import NT, both_fit_bf16, by_row, decoded, dot, finish, left, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
+from .epilogue import NOTHING
 
 INT32_K = (2**31 - 1) // 128**2  # longer sums of int8 products could overflow int32
 FP8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -26,10 +27,10 @@ def _wrong(lhs: Operand, rhs: Operand, elements) -> str | None:
     return None
 
 
-def _int8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+def _int8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
     """Exact int32 sums, then the scales."""
     acc = lax.dot_general(lhs.data, rhs.data, NT, preferred_element_type=jnp.int32)
-    return finish(acc.astype(jnp.float32), row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec), out_dtype)
+    return finish(acc.astype(jnp.float32), row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec), out_dtype, epilogue)
 
 
 def _int8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
@@ -57,7 +58,7 @@ def _int8_row_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) 
     return _int8_supports(lhs, rhs, device, shapes._replace(m=2))
 
 
-def _fp8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+def _fp8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
     """A product of fp8 arrays: XLA makes it one cuBLASLt call, scales of whole tensors included.
 
     "highest" also turns off cuBLASLt's fast accumulation, which keeps about 14 bits of a sum.
@@ -68,9 +69,9 @@ def _fp8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.fl
     if all(s is None or s.size == 1 for s in scales):  # this spelling is what XLA's rewriter looks for
         ones = (jnp.float32(1) if s is None else s.reshape(()) for s in scales)
         a, b = (x.astype(jnp.float32) * s for x, s in zip((a, b), ones, strict=True))
-        return dot(a, b).astype(out_dtype)
+        return finish(dot(a, b), None, None, out_dtype, epilogue)
     acc = lax.dot_general(a, b, NT, precision="highest", preferred_element_type=jnp.float32)
-    return finish(acc, *scales, out_dtype)
+    return finish(acc, *scales, out_dtype, epilogue)
 
 
 def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
@@ -83,12 +84,12 @@ def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> st
     return None
 
 
-def _fp8_dot(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+def _fp8_dot(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
     """The product of fp8 arrays as it stands, scales after it: exact products, float32 sums."""
     a = lax.bitcast_convert_type(lhs.data, FP8[lhs_spec.element])
     b = lax.bitcast_convert_type(rhs.data, FP8[rhs_spec.element])
     acc = lax.dot_general(a, b, NT, preferred_element_type=jnp.float32)
-    return finish(acc, row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec), out_dtype)
+    return finish(acc, row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec), out_dtype, epilogue)
 
 
 def _fp8_dot_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
@@ -101,12 +102,12 @@ def _fp8_dot_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -
     return None
 
 
-def _decode(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+def _decode(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
     """Both operands decoded as a whole; in bfloat16 where that is exact."""
     dtype = jnp.bfloat16 if both_fit_bf16(lhs, lhs_spec, rhs_spec) else jnp.float32
     x, left_scale = left(lhs, lhs_spec, k)
     w = decoded(*decode.whole(rhs.data, rhs_spec.element, k), rhs, rhs_spec, k)
-    return finish(dot(x.astype(dtype), w.astype(dtype)), left_scale, row_scale(rhs, rhs_spec), out_dtype)
+    return finish(dot(x.astype(dtype), w.astype(dtype)), left_scale, row_scale(rhs, rhs_spec), out_dtype, epilogue)
 
 
 def _decode_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:

@@ -19,6 +19,7 @@ from . import decode
 from ._device import platform
 from ._operands import block_scale, blocks, both_fit_bf16, dot, finish, fits_bf16, left, per_block, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
+from .epilogue import NOTHING
 
 TILE_ROWS = (32, 256)  # rows decoded at a time, at least and at most
 TILE_VALUES = 1 << 20  # between the two, as many as make this many values
@@ -34,7 +35,7 @@ class _Weight(NamedTuple):
     zero: jax.Array | None  # f32 [n, blocks]
 
 
-def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32):
+def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
     weight, width = _ready(rhs, rhs_spec, n, k)
     x, left_scale = left(lhs, lhs_spec, k)
     if x.shape[0] >= BF16_ROWS and both_fit_bf16(lhs, lhs_spec, rhs_spec):
@@ -47,7 +48,7 @@ def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32)
     right_scale = row_scale(rhs, rhs_spec)
     if unit != 1:
         right_scale = jnp.float32(unit) if right_scale is None else right_scale * unit
-    return finish(y, left_scale, right_scale, out_dtype)
+    return finish(y, left_scale, right_scale, out_dtype, epilogue)
 
 
 def _tile_rows(k: int) -> int:

@@ -25,6 +25,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+B200 = H100.replace("major: 9 minor: 0", "major: 10 minor: 0").replace("H100 80GB HBM3", "B200")
+
+
 def tools(root: pathlib.Path) -> pathlib.Path:
     """A folder laid out as a CUDA installation, of the tools in triton's wheel; its ptxas."""
     import triton
@@ -50,9 +53,10 @@ def main() -> None:
 
 
 def report(compiled, copy: int) -> dict:
-    """Custom calls by target, temporary bytes, and `copy`: the bytes of the smallest weight's decoded copy."""
+    """Calls, what cuBLASLt does after a product, bytes beside, and `copy`: bytes of the smallest weight decoded."""
     targets = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
-    return {"calls": targets, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
+    after = re.findall(r'"epilogue":"(\w+)"', compiled.as_text())
+    return {"calls": targets, "epilogues": after, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
 
 
 def resources(file: pathlib.Path, ptxas: pathlib.Path) -> list[dict]:
@@ -80,17 +84,19 @@ def cases() -> dict:
     from jax.experimental import topologies
 
     import jqopt
+    import jqopt_kernels as kernels
     from jqopt import kv_cache
 
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    def place(of: str):
+        devices = topologies.get_topology_desc(platform="cuda", target_config=of, topology="1x1x1").devices
+        mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def there(tree):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=here), tree)
+    hopper = place(H100)
 
-    def compiled(f, *args):
-        return jax.jit(f).lower(*there(args)).compile()
+    def compiled(f, *args, at=hopper):
+        there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=at), args)
+        return jax.jit(f).lower(*there).compile()
 
     def block(p, x):
         return x + jax.nn.silu(x @ p["up"]) @ p["down"]
@@ -110,6 +116,25 @@ def cases() -> dict:
         qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
         backend = None if name == "fp8" else "pallas"  # where jax-triton is installed, its kernels come first
         out[name] = compiled(jqopt.apply(qm.plan, device="cuda:90", backend=backend), qm.quant, x), copy
+
+    fp8 = kernels.Operand("e4m3", None, "float32", "tensor")
+    one = jnp.ones((1, 1), jnp.float32)
+    left, right = (kernels.Packed(jnp.zeros((rows, size), jnp.uint8), one) for rows in (64, wide))
+    for activation in (None, "relu", "gelu_tanh"):
+
+        def product(x, w, bias, activation=activation):
+            run = kernels.find("qdot", fp8, fp8, "cuda:90", kernels.Shapes(64, wide, size)).run
+            after = kernels.Epilogue(bias, activation)
+            return run(x, w, lhs_spec=fp8, rhs_spec=fp8, n=wide, k=size, epilogue=after)
+
+        out[f"fp8 bias {activation}"] = compiled(product, left, right, jnp.zeros(wide, jnp.bfloat16)), copy
+
+    for spec in ("nvfp4", "mxfp8"):
+        x = jnp.asarray(rng.normal(size=(16, size)), jnp.bfloat16)
+        recipe = {"schema": 1, "name": "aot", "rules": [{"match": "*", "weight": spec, "input": spec}]}
+        qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
+        run = jqopt.apply(qm.plan, device="cuda:100", backend="xla")
+        out[f"blackwell {spec}"] = compiled(run, qm.quant, x, at=place(B200)), copy
 
     def experts(p, x):
         return jax.lax.ragged_dot(x, p["w"], jnp.asarray([10, 0, 20, 2], jnp.int32))

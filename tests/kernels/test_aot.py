@@ -1,4 +1,4 @@
-"""Quantized models compiled for an H100 without one: the calls that are left, and no decoded copy of a weight."""
+"""Quantized models compiled for an H100 or B200 without one: the calls that are left, no decoded copy of a weight."""
 
 import json
 import pathlib
@@ -23,6 +23,18 @@ def compiled() -> dict:
 def test_fp8_products_are_cublas_calls(compiled):
     assert compiled["fp8"]["calls"][FP8] == 2
     assert compiled["fp8"]["temp"] - WORKSPACE < compiled["fp8"]["copy"]
+
+
+@pytest.mark.parametrize(("activation", "said"), [(None, "BIAS"), ("relu", "BIAS_RELU"), ("gelu_tanh", "BIAS_GELU")])
+def test_cublas_does_the_epilogue_too(compiled, activation, said):
+    assert compiled[f"fp8 bias {activation}"]["calls"] == {FP8: 1}
+    assert compiled[f"fp8 bias {activation}"]["epilogues"] == [said]
+
+
+@pytest.mark.parametrize("name", ["blackwell nvfp4", "blackwell mxfp8"])
+def test_block_scaled_products_are_cudnn_calls_on_blackwell(compiled, name):
+    assert compiled[name]["calls"]["__cudnn$blockScaledDot"] == 2
+    assert compiled[name]["temp"] < compiled[name]["copy"]
 
 
 @pytest.mark.parametrize("name", ["nvfp4 1", "nvfp4 16", "nvfp4 256", "nvfp4 inputs"])

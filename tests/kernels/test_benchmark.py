@@ -93,11 +93,53 @@ def test_the_way_of_a_gpu():
         if case.label in ("float x nvfp4", "fp8 x fp8"):
             kernel = kernels.find("qdot", case.lhs, case.rhs, "cpu", case.shapes, backend="xla_decode")
             sets = [case.arrays(i, None) for i in range(3)]
-            one, y = benchmark.runner("xla_decode", "xla", case.run(kernel), sets, 16, True)
+            program = benchmark.lowered(case.run(kernel), sets, True).compile()
+            one, y = benchmark.runner("xla_decode", "xla", program, sets, 16, True)
             assert (y.dtype, y.shape, one.each) == (jnp.bfloat16, (16, 64), 3)
             assert kernel_cases.wrong(case, y) is None
             assert len(one.step()) == 3 and benchmark._rates(case, one, 1e-3, None)["of_limit"] is None
     assert {name for name, limit in benchmark.LIMITS.items() if {8, 16} <= set(limit.flops)} == set(benchmark.LIMITS)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_fails_has_a_row_and_the_table_goes_on(tmp_path, monkeypatch, capsys):
+    """A kernel that fails, one that is wrong, and a case whose float product fails."""
+
+    def fails(*_, **__):
+        raise RuntimeError("out of patience\nand more")
+
+    broken = {"xla_tiled": fails, "xla_decode": lambda x, w, *, n, **_: jnp.ones((x.shape[0], n))}
+    monkeypatch.setattr(
+        kernels.table, "KERNELS", tuple(k._replace(run=broken.get(k.name, k.run)) for k in kernels.KERNELS)
+    )
+    monkeypatch.setattr(kernels, "KERNELS", kernels.table.KERNELS)
+    cases = list(kernel_cases.qdot(False, ((64, 64),), (5,)))[:2]
+    cases[1] = cases[1]._replace(plain=fails)
+    monkeypatch.setattr(benchmark, "CASES", {"qdot": lambda *_: cases})
+    path = tmp_path / "out.json"
+    assert benchmark.main(["--op", "qdot", "--json", str(path)]) == 1
+    why = {
+        (r["formats"], r["kernel"]): r["why"] for r in json.loads(path.read_text())["rows"] if r["status"] == "failed"
+    }
+    assert why["float x nvfp4", "xla_tiled"] == "FAILED: RuntimeError: out of patience"
+    assert why["float x nvfp4", "xla_decode"].startswith("WRONG")
+    assert why["fp8 x fp8", "-"] == "FAILED: RuntimeError: out of patience"
+    assert "FAILED: RuntimeError: out of patience" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "CASES", {})
+    assert benchmark.main([]) == 0
+
+
+def test_a_gpu_has_no_more_cases_than_one_call_can_run(monkeypatch):
+    """Some seven seconds each, in nine minutes; every format, every op, all rows of the first target among them."""
+    monkeypatch.setattr(kernel_cases.jax, "default_backend", lambda: "gpu")
+    chosen = [c for op, make in kernel_ops.CASES.items() for c in make(True) if kernel_cases.telling(c)]
+    assert len(chosen) * 7 <= 540 + 60
+    assert {c.op for c in chosen} == set(kernel_ops.CASES)
+    products = [c for c in chosen if c.op == "qdot"]
+    assert {c.label for c in products} == {f"{a} x {b}" for a, b in kernel_cases.PAIRS}
+    rows = {c.shapes.m for c in products if c.label == "float x nvfp4"}
+    assert rows == {1, 2, 4, 8, 16, 32, 64, 256, 4096}
+    assert {c.shapes[1:3] for c in products if c.label == "float x nvfp4"} == set(kernel_cases.LLAMA)
 
 
 def test_the_most_telling_products_come_first():

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 import jqopt_kernels as kernels
-from jqopt_kernels import decode, ffi_gemm, reference
-from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, case, nf4
+from jqopt_kernels import decode, ffi_gemm, reference, xla_row
+from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, bound, case, nf4, operand
 
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, and whole blocks with a rest.
 SHAPES = [(1, 300, 70), (64, 257, 40), (5, 1, 7)]
+LONG = (1, 21, 1065)  # half a byte, less than a block and less than a segment at the end
+# For kernels that claim none of those: long rows, whole blocks.
+OTHERS = {"xla_row": [LONG], "xla_scaled": [(5, 37, 96), (1, 9, 32)]}
 DEVICES = ("cpu", "cuda")
 PALLAS = ("pallas_gemv", "pallas_skinny")
 # An interpreted Pallas kernel takes a while to compile: of the pairs, those that are decoded differently run always.
@@ -28,7 +31,8 @@ def able(pair: str, m: int, n: int, k: int) -> list[kernels.Kernel]:
     lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
     shapes = kernels.Shapes(m, n, k)
     qdots = [x for x in kernels.KERNELS if x.op == "qdot"]
-    return [x for x in qdots if any(CLAIMS[x.name](lhs, rhs, d, shapes) is None for d in DEVICES)]
+    devices = {"xla_scaled": ("cuda:100",)}
+    return [x for x in qdots if any(CLAIMS[x.name](lhs, rhs, d, shapes) is None for d in devices.get(x.name, DEVICES))]
 
 
 def marks(name: str, pair: str, always=ALWAYS) -> list:
@@ -49,6 +53,9 @@ def checks() -> list:
         for shape in SHAPES:
             for kernel in able(pair, *shape):
                 claims.setdefault((kernel.name, pair), []).append(shape)
+        for name, shapes in OTHERS.items():
+            if any(kernel.name == name for kernel in able(pair, *shapes[0])):
+                claims[name, pair] = shapes
     return [
         pytest.param(name, pair, shapes, id=f"{name}-{pair}", marks=marks(name, pair))
         for (name, pair), shapes in claims.items()
@@ -77,6 +84,48 @@ def test_equals_exact_numpy(name, pair, shapes):
         assert y.shape == (m, n)
         assert y.dtype == jnp.float32
         assert_within(y, c.y, c.bound)
+
+
+@pytest.mark.parametrize(("element", "block", "scale"), [("e2m1", (16, 16), "e4m3"), ("int4", (4, 64), "float32")])
+def test_one_row_in_passes_that_cut_blocks(element, block, scale, monkeypatch):
+    """Rows of a block that end up in different passes; the passes of a large weight are as few rows here."""
+    monkeypatch.setattr(xla_row, "CHUNK_BYTES", 1)
+    spec, (n, k) = kernels.Operand(element, block, scale, "block"), (43, 1065)
+    assert xla_row._chunk(spec, n, k) == 6
+    rng = np.random.default_rng(0)
+    rhs, w = operand(rng, spec, n, k, is_packed=True)
+    x = rng.normal(size=(1, k)).astype(np.float32)
+    y = jax.jit(runner("xla_row", {"lhs_spec": OPERANDS["float"], "rhs_spec": spec, "n": n, "k": k}))(x, rhs)
+    assert_within(y, np.float64(x) @ w.T, bound(np.float64(x), w))
+
+
+def test_mxfp8_on_both_sides_through_scaled_dot(monkeypatch):
+    monkeypatch.setitem(PAIRS, "both", ("mxfp8", "mxfp8"))
+    c = case("both", 5, 37, 96)
+    assert_within(jax.jit(runner("xla_scaled", c.specs))(c.lhs, c.rhs), c.y, c.bound)
+
+
+@pytest.mark.parametrize("under", ["vmap", "scan"])
+def test_scaled_products_lower_for_blackwell_from_a_cpu(under):
+    lhs, rhs, cases = stacked("nvfp4 x nvfp4", 5, 37, 96)
+    x, run = jax.tree.map(lambda a: a[0], lhs), runner("xla_scaled", cases[0].specs)
+    many = {
+        "vmap": jax.vmap(run, in_axes=(None, 0)),
+        "scan": lambda x, ws: jax.lax.scan(lambda carry, w: (carry, run(x, w)), 0, ws)[1],
+    }
+    text = jax.jit(many[under]).trace(x, rhs).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__op$block_scaled_dot") == 1
+    assert "dot_general" not in text
+
+
+def test_one_row_sliced_by_scan_and_mapped():
+    lhs, rhs, cases = stacked("nvfp4", *LONG)
+    run = runner("xla_row", cases[0].specs)
+    _, scanned = jax.jit(lambda a, b: jax.lax.scan(lambda carry, ab: (carry, run(*ab)), None, (a, b)))(lhs, rhs)
+    mapped = jax.jit(jax.vmap(run))(lhs, rhs)
+    for ys in (scanned, mapped):
+        for y, c in zip(ys, cases, strict=True):
+            assert_within(y, c.y, c.bound)
 
 
 # One format of each kind of packing and scale, for what multiplies the number of compilations.
@@ -144,12 +193,13 @@ def test_out_dtype():
         assert_within(y.astype(jnp.float32), c.y, c.bound + 2.0**-8 * np.abs(c.y))
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", "ffi_gemm", *PALLAS])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_row", "xla_decode", "ffi_gemm", *PALLAS])
 def test_gradient_of_the_float_side(name):
-    c = case("nvfp4", 3, 300, 40)
+    m = 1 if name == "xla_row" else 3
+    c = case("nvfp4", m, 300, 40)
     w = np.asarray(reference.dequantize(c.rhs, c.specs["rhs_spec"], 300, 40), np.float64)
     grad = jax.grad(lambda x: runner(name, c.specs)(x, c.rhs).sum())(c.lhs)
-    np.testing.assert_allclose(grad, np.tile(w.sum(0), (3, 1)), rtol=0, atol=300 * 2.0**-22 * np.abs(w).sum(0).max())
+    np.testing.assert_allclose(grad, np.tile(w.sum(0), (m, 1)), rtol=0, atol=300 * 2.0**-22 * np.abs(w).sum(0).max())
 
 
 @pytest.mark.parametrize("name", ["xla_tiled", "xla_decode", "ffi_gemm", *PALLAS, "reference"])

@@ -101,6 +101,37 @@ def test_mixed_formats_in_the_interpreter():
 
 
 @cuda
+def test_block_scaled_products_in_the_interpreter():
+    """More rows than one tile, a rest of every tile; one block alone; with a bias and an activation."""
+    jobs: list[dict] = [
+        {"kernel": "triton_scaled", "pair": pair, "shape": shape} | more
+        for pair, shape, more in [
+            ("mxfp4 x mxfp4", (130, 150, 288), {}),
+            ("mxfp8 x mxfp8", (70, 20, 160), {}),
+            ("mxfp4 x mxfp4", (5, 7, 32), {"activation": "silu"}),
+        ]
+    ]
+    for one, found in zip(jobs, interpreted(jobs), strict=True):
+        assert found["bound"] <= 1 and found["shape"] == list(one["shape"][:2]), (one, found)
+
+
+@cuda
+@pytest.mark.parametrize(("spec", "kind"), [("mxfp4", "mxf4"), ("mxfp8", "mxf8f6f4")])
+def test_block_scaled_products_use_blackwells_tensor_cores(spec, kind):
+    launch = tools.launch("triton_scaled", OPERANDS[spec], OPERANDS[spec], Shapes(4096, 4096, 4096), 100)
+    made = tools.compiled(launch, 100)
+    assert f"kind::{kind}.block_scale" in made.ptx
+    assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0
+    assert made.registers <= REGISTERS and made.shared <= SHARED[100]
+    kernel = kernels.find(
+        "qdot", OPERANDS[spec], OPERANDS[spec], "cuda:100", Shapes(65, 64, 64), backend="triton_scaled"
+    )
+    x, w = (tools.abstract(OPERANDS[spec], rows, 64, is_packed=rows == 64) for rows in (65, 64))
+    text = lowered(functools.partial(kernel.run, lhs_spec=OPERANDS[spec], rhs_spec=OPERANDS[spec], n=64, k=64), x, w)
+    assert text.count("triton_kernel_call") == 1 and "dot_general" not in text
+
+
+@cuda
 def test_half_precision_activations_lose_nothing():
     """Cut into as many bfloat16 numbers as their type needs: 1 or 2."""
     jobs = [
@@ -109,6 +140,24 @@ def test_half_precision_activations_lose_nothing():
         for dtype in ("bfloat16", "float16")
     ]
     assert all(found["bound"] <= 1 for found in interpreted(jobs))
+
+
+@cuda
+def test_epilogues_in_the_interpreter():
+    """Inside of the kernel, and after it where k is cut into parts (m=5 of triton_skinny)."""
+    jobs = [
+        {"kernel": name, "pair": pair, "shape": shape, "activation": activation}
+        for name, pair, shape, activation in [
+            ("triton_gemv", "nvfp4", (2, 9, 72), "gelu"),
+            ("triton_gemv", "int8", (1, 9, 72), "silu"),
+            ("triton_skinny", "nvfp4", (5, 20, 1061), "relu"),
+            ("triton_gemm", "nvfp4", (17, 33, 72), "gelu_tanh"),
+            ("triton_gemm", "nvfp4 x nvfp4", (17, 33, 72), "gelu"),
+            ("triton_fp8_block", "fp8_block x fp8_block", (5, 20, 72), "silu"),
+        ]
+    ]
+    for one, found in zip(jobs, interpreted(jobs), strict=True):
+        assert found["bound"] <= 1, (one, found)
 
 
 @cuda
@@ -192,9 +241,11 @@ def test_every_shipped_tile_compiles_without_spilling(name, capability):
     assert len(seen) > 2
 
 
-def compiles_well(name: str, lhs: str, rhs: str, dtype: str | None, m: int, capability: int) -> None:
-    shapes = Shapes(m, 4096, 4096)
-    launch = tools.launch(name, MORE[lhs], MORE[rhs], shapes, capability, dtype=jnp.dtype(dtype or "float32"))
+def compiles_well(
+    name: str, lhs: str, rhs: str, dtype: str | None, m: int, capability: int, activation: str | None = None
+) -> None:
+    shapes, dtype = Shapes(m, 4096, 4096), jnp.dtype(dtype or "float32")
+    launch = tools.launch(name, MORE[lhs], MORE[rhs], shapes, capability, dtype=dtype, activation=activation)
     made = tools.compiled(launch, capability)
     assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0, (
         launch.constants,
@@ -209,6 +260,16 @@ def compiles_well(name: str, lhs: str, rhs: str, dtype: str | None, m: int, capa
         assert "e4m3.e4m3" in made.ptx or "kind::f8f6f4" in made.ptx
     if is_weight_bound(name, m):  # 16 bytes at a time, straight into shared memory or through registers
         assert made.count(r"LDGSTS\.E.*\.128") + made.count(r"LDG\.E.*\.128") > 0
+
+
+@cuda
+@pytest.mark.parametrize("capability", _tiles.CAPABILITIES)
+@pytest.mark.parametrize(
+    ("name", "m", "activation"),
+    [("triton_gemv", 4, "gelu"), ("triton_gemm", 256, "gelu"), ("triton_gemm", 256, "silu")],
+)
+def test_epilogues_do_not_spill(name, m, activation, capability):
+    compiles_well(name, "float", "nvfp4", "bfloat16", m, capability, activation)
 
 
 @cuda
@@ -282,20 +343,17 @@ def test_under_vmap_scan_and_grad():
 
 @cuda
 def test_gradient_is_that_of_the_decoded_product():
-    """The backward pass holds no Triton kernel, so it runs here: dx = dy @ dequantized(rhs)."""
-    import numpy as np
+    """The backward pass holds no Triton kernel, and is the one that other kernels share and run: `_gradient`."""
+    run, x, w = bound("triton_gemv", FLOAT, OPERANDS["nvfp4"], Shapes(2, 256, 512))
+    bias = jax.ShapeDtypeStruct((256,), jnp.float32)
 
-    from jqopt_kernels import reference
-    from tests.kernels.cases import case
+    def total(x, w, bias):
+        return run(x, w, epilogue=kernels.Epilogue(bias, "silu")).sum()
 
-    c = case("nvfp4", 3, 40, 72)
-    product = triton_dot._product("triton_gemv", HOPPER, *c.specs.values(), np.dtype("float32"))
-    backward = product.bwd
-    g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)), jnp.float32)
-    dx, none = backward((jnp.zeros((0,), jnp.float32), c.rhs), g)
-    w = np.asarray(reference.dequantize(c.rhs, c.specs["rhs_spec"], 40, 72), np.float64)
-    np.testing.assert_allclose(dx, np.asarray(g, np.float64) @ w, rtol=0, atol=1e-5 * np.abs(w).max() * 40)
-    assert none is None
+    dx, dbias = jax.eval_shape(jax.grad(total, (0, 2)), x, w, bias)
+    assert (dx.shape, dx.dtype, dbias.shape) == ((2, 512), jnp.bfloat16, (256,))
+    text = lowered(jax.grad(total, (0, 2)), x, w, bias)
+    assert text.count("triton_kernel_call") == 1 and text.count("dot_general") == 1
 
 
 @cuda

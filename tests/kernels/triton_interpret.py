@@ -63,22 +63,36 @@ def interpret(launch) -> np.ndarray:
     return out
 
 
-def run(name: str, c, capability: int = 90) -> np.ndarray:
+def run(name: str, c, epilogue=None, capability: int = 90) -> np.ndarray:
     """One `cases.Case` by the kernel of that name."""
     import jax.numpy as jnp
 
-    from jqopt_kernels import Shapes, triton_dot
+    from jqopt_kernels import Epilogue, Shapes, triton_dot
 
     lhs_spec, rhs_spec, n, k = c.specs.values()
     m = c.y.shape[0]
-    launch, after = triton_dot.LAUNCHES[name](
-        c.lhs, c.rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability
+    launch, after = triton_dot.launches()[name](
+        c.lhs, c.rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability, epilogue=epilogue or Epilogue()
     )
     return np.asarray(after(jnp.asarray(interpret(launch))), np.float64)
 
 
+def followed(c, activation: str):
+    """(a bias and the activation, the case with what they make of it), as in `test_epilogue`."""
+    import jax.numpy as jnp
+
+    from jqopt_kernels import Epilogue
+    from tests.kernels import test_epilogue as by
+
+    c = by.sized(c)
+    bias, exact = by.biased(c)
+    z = c.y + exact
+    bound = by.STEEPEST * (c.bound + 2.0**-24 * np.abs(z)) + 2.0**-21 * np.abs(z)
+    return Epilogue(jnp.asarray(bias), activation), c._replace(y=by.BY_DEFINITION[activation](z), bound=bound)
+
+
 def job(what: dict) -> dict:
-    """{"kernel", "pair", "shape": [m, n, k], "dtype"} -> largest error over the bound and over the largest value.
+    """{"kernel", "pair", "shape": [m, n, k], "dtype", "activation"} -> largest error over the bound, and relative.
 
     pair: one of `cases.PAIRS`, or two names of operands with " x " between them.
     """
@@ -93,7 +107,10 @@ def job(what: dict) -> dict:
         arrays = c.rhs._asdict()
         arrays[field] = arrays[field].at[row, column].set(byte)
         c = c._replace(rhs=type(c.rhs)(**arrays))
-    y = run(what["kernel"], c)
+    epilogue = None
+    if "activation" in what:
+        epilogue, c = followed(c, what["activation"])
+    y = run(what["kernel"], c, epilogue)
     error = np.abs(y - c.y)
     return {
         "shape": list(y.shape),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt_kernels import Operand, Packed, Shapes, triton_dot
+from jqopt_kernels import Epilogue, Operand, Packed, Shapes, triton_dot
 from jqopt_kernels._tiles import Tile
 from jqopt_kernels.triton_call import Launch
 from tests.kernels.cases import BITS, scale_shape
@@ -44,12 +44,15 @@ def launch(
     *,
     dtype=jnp.bfloat16,
     tile: Tile | None = None,
+    activation: str | None = None,
 ) -> Launch:
-    """The launch of a product, its operands as shapes."""
+    """The launch of a product, its operands as shapes. activation: with a bias before it."""
     kept: list[Launch] = []
+    epilogue = Epilogue(None if activation is None else jnp.zeros(shapes.n), activation)
 
     def trace(x, w):
-        kept.append(triton_dot.LAUNCHES[name](x, w, lhs, rhs, shapes, jnp.float32, capability, tile=tile)[0])
+        own = {"epilogue": epilogue} | ({} if tile is None else {"tile": tile})
+        kept.append(triton_dot.launches()[name](x, w, lhs, rhs, shapes, jnp.float32, capability, **own)[0])
         return [o for o in kept[0].operands if not isinstance(o, int)]
 
     x = abstract(lhs, shapes.m, shapes.k, is_packed=False, dtype=dtype)
