@@ -1,4 +1,4 @@
-"""A tiny random Llama as a Hugging Face folder, and recipes that cover every scheme of the export's tables."""
+"""Tiny random models as Hugging Face folders, and recipes that cover every scheme of the export's tables."""
 
 import fnmatch
 import functools
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import jqopt
 from jqopt._apply import Quantized
 from jqopt._model import QuantizedModel
-from jqopt.hf import load_model
+from jqopt.hf import families, load_model
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,6 +40,13 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""What other families' config.json says besides `CONFIG`."""
 IDS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 12)).astype(np.int32)
 KEEP = "defaults/skip_sensitive"
 
@@ -135,14 +142,31 @@ def tensors(config: dict[str, Any] = CONFIG, seed: int = 0) -> dict[str, np.ndar
     return {name: values(shape) for name, shape in shapes.items()}
 
 
-def make(folder: Path, **changes: Any) -> Path:
+def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random bfloat16 tensors of any family: the names and shapes that jqopt reads, for clients to contradict."""
+    family = families.find(config)
+    parsed = family.parse(config)
+    tree: Any = jax.eval_shape(family.build(parsed, False, jnp.float32).init, jax.random.key(0), IDS[:1])
+    shapes = {k: x.shape for k, x in traverse_util.flatten_dict(tree["params"], sep="/").items()}
+    rng, out = np.random.default_rng(seed), {}
+    for place in family.places(parsed, False):
+        shape = shapes[place.path][len(place.stack) :]
+        for name in place.tensors:
+            x = rng.normal(size=shape[::-1] if place.transpose else shape)
+            x = x * x.shape[-1] ** -0.5 if x.ndim > 1 else 1 + 0.1 * x
+            out[name] = x.astype(ml_dtypes.bfloat16)
+    return out
+
+
+def make(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
     """The folder of a tiny model, with a tokenizer file to carry along."""
-    config = CONFIG | changes
+    config = CONFIG | {"model_type": model_type} | FAMILIES[model_type] | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
-    save_file(tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+    found = tensors(config) if model_type == "llama" else tensors_of(config)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -206,6 +230,10 @@ def _random(d: Any, rng: np.random.Generator, fused: np.random.Generator) -> jqo
     return jqopt.QTensor(codes, jnp.asarray(values), whole, zero, None, None, f, d.granularity, layout, "float32")
 
 
+EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Mixtral's names of an expert's projections; its experts are expected in unrolled layers."""
+
+
 def weights_of(qm: Any) -> dict[str, np.ndarray]:
     """{module name in the files: float32 [out, in] that the packed weight stands for}."""
     out = {}
@@ -219,5 +247,6 @@ def weights_of(qm: Any) -> dict[str, np.ndarray]:
         for i, matrix in enumerate(each):
             number = re.search(r"layers_(\d+)", name)
             layer = int(number[1]) if number else i
-            out[re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)] = matrix
+            module = re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)
+            out[re.sub(r"mlp\.experts\.(\w+)", lambda m: f"block_sparse_moe.experts.{i}.{EXPERT[m[1]]}", module)] = matrix
     return out
