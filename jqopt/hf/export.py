@@ -22,6 +22,9 @@ from jqopt.hf.export_job import Job, Part, Scale, by_tensor, make_job
 from jqopt.hf.folder import Identity
 from jqopt.hf.shards import JOURNAL, Slot, Writer, lay_out
 
+PIECE = 1 << 24
+"""Bytes of an unquantized tensor that are cast and turned at once."""
+
 
 class Exported(NamedTuple):
     """What was written. `notes`: what a reader should know, such as casts; `print` it."""
@@ -130,8 +133,15 @@ def _write_floats(files: Writer, params: Parameters, part: Part, dtype: np.dtype
     whole = x.reshape((len(part.place.tensors), *x.shape[len(_folder.stack_of(part.place)) :]))
     for name, one in zip(part.place.tensors, whole, strict=True):
         if name not in files.continued:
-            turned = np.swapaxes(one, -1, -2) if part.place.transpose else one
-            files.write(name, np.ascontiguousarray(turned.astype(dtype)).reshape(_float_shape(part)))
+            files.write(name, _pieces(np.swapaxes(one, -1, -2) if part.place.transpose else one, dtype))
+
+
+def _pieces(x: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The array in another dtype, a few rows at a time, so that no second one of its size is held."""
+    rows = x if x.ndim > 1 else x.reshape(1, -1)
+    step = max(1, PIECE * len(rows) // max(rows.nbytes, 1))
+    for start in range(0, len(rows), step):
+        yield np.ascontiguousarray(rows[start : start + step], dtype)
 
 
 def _write_leaf(files: Writer, params: Parameters, part: Part, stored: Stored) -> None:

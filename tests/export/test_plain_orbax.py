@@ -1,4 +1,4 @@
-"""A checkpoint in the hands of Orbax alone: the reader that docs/checkpoints.md prints, where jqopt can't be imported."""
+"""A checkpoint in the hands of Orbax alone: the reader of docs/checkpoints.md, where jqopt cannot be imported."""
 
 import os
 import re
@@ -44,7 +44,9 @@ def packed() -> QuantizedModel:
         made[path] = tiny._random(decision, rng, np.random.default_rng([9, number]))
     low = {"low_a": arrays.normal(50, (4, K), jnp.bfloat16), "low_b": arrays.normal(51, (N, 4), jnp.bfloat16)}
     made["fp8"] = made["fp8"].replace(**low)
-    made["int4"] = made["int4"].replace(pre_scale=jnp.asarray(np.random.default_rng(52).uniform(0.5, 2, K), jnp.float32))
+    made["int4"] = made["int4"].replace(
+        pre_scale=jnp.asarray(np.random.default_rng(52).uniform(0.5, 2, K), jnp.float32)
+    )
     made["int8"] = made["int8"].replace(rotation=64)
     return QuantizedModel(model, plan, Quantized(made, {}))
 
