@@ -22,6 +22,8 @@ from jqopt.hf.mapped import Cut
 from jqopt.hf.names import NameMap
 
 WEIGHT = ".weight"
+EXPERTS = ".experts."
+"""What the names of experts' tensors hold, and of no others'."""
 
 
 class Part(NamedTuple):
@@ -120,7 +122,7 @@ def _chosen(
             decision = params.plan.quantized[place.path]
             asked[place.path] = Asked(
                 packed.format, packed.granularity, decision.input_format, "pre_scale" in packed.leaves,
-                "low_a" in packed.leaves, packed.rotation != 0,
+                "low_a" in packed.leaves, packed.rotation != 0, any(EXPERTS in t for t in place.tensors),
             )  # fmt: skip
     smoothed = {a._replace(pre_scale=False) for a in asked.values() if a.pre_scale}
     out = []
