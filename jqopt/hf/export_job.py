@@ -152,11 +152,16 @@ def _check_oriented(place: Place, packed: Packed, cut: Cut | None) -> None:
         stack, tuple(axes[lead]), tuple(axes[lead + 1])
     )  # fmt: skip
     if not fits:
-        raise UnsupportedError(
-            f"{place.path}: {place.tensors[0]} isn't the weight of a linear layer that is packed along its inputs; "
-            "engines read packed weights of linear layers only. Keep it with `keep: true` (embedding tables, and heads "
-            "tied to them, are kept by defaults/skip_sensitive)."
+        turned = not place.transpose and len(axes) == lead + 2 and layout.cols == tuple(axes[lead])
+        why = (
+            "stands as [in, out] in the files (a Conv1D of transformers), and is no linear layer to the engines: none "
+            "has a scheme for it. Serve it with target='stablehlo'."
+            if turned
+            else "isn't the weight of a linear layer that is packed along its inputs; engines read packed weights of "
+            "linear layers only. Keep it with `keep: true` (embedding tables, and heads tied to them, are kept by "
+            "defaults/skip_sensitive)."
         )
+        raise UnsupportedError(f"{place.path}: {place.tensors[0]} {why}")
 
 
 def _check_leaves(path: str, row: Row, packed: Packed) -> None:

@@ -26,7 +26,7 @@ COMMON += [("modelopt", "NVFP4"), ("modelopt", "FP8")]
 TABLES = {"compressed-tensors": compressed_tensors.ROWS, "modelopt": modelopt.ROWS}
 ROWS = {(target, row.name): row for target, rows in TABLES.items() for row in rows}
 CASES = [("llama", target, name) for target, table in tiny.TABLES.items() for name in table]
-CASES += [(family, *case) for family in ("qwen3", "mistral") for case in COMMON]
+CASES += [(family, *case) for family in ("qwen3", "mistral", "mixtral") for case in COMMON]
 
 
 @pytest.fixture(scope="module")
