@@ -52,7 +52,7 @@ IDS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 12)).astype
 KEEP = "defaults/skip_sensitive"
 
 # Which recipes give which scheme: {scheme: recipe}. `W` alone: activations are left alone.
-_LINEAR = {"path": "*", "op": "dot_general"}
+_LINEAR = {"path": "*", "op": ["dot_general", "ragged_dot"]}
 
 
 def _recipe(weight: Any, input: Any = None, **more: Any) -> dict[str, Any]:
