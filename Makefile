@@ -6,11 +6,12 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 CLIENTS := .venv-clients
+VLLM    := .venv-vllm
 CUDA    := .venv-cuda
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thirdparty clients cuda lint check bench fmt clean
+.PHONY: help demo test thirdparty clients vllm cuda lint check bench fmt clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ thirdparty: $(READY)  ## models that others wrote, installed beside the environm
 
 clients: $(CLIENTS)/.ready  ## exports and decoders beside transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
 	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) -q -m clients tests/export tests/hf
+
+vllm: $(VLLM)/.ready  ## exports in the CPU build of vLLM, in .venv-vllm; prints the table of docs/export.md
+	@PYTHONPATH=.:kernels $(VLLM)/bin/python -m pytest -q -s -m vllm tests/export
 
 cuda: $(CUDA)/.ready  ## Triton kernels without a GPU: interpreted, compiled and lowered, in .venv-cuda
 	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m "cuda and not long" tests/kernels
@@ -46,7 +50,7 @@ fmt: $(READY)  ## format, and mend what the linter can mend
 	@$(BIN)/ruff check --fix --quiet .
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) $(CLIENTS) $(CUDA) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(VLLM) $(CUDA) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is older than pyproject.toml when the dependencies may have changed.
 $(READY): pyproject.toml
@@ -62,6 +66,15 @@ $(CLIENTS)/.ready: pyproject.toml tests/export/requirements-torch.txt tests/expo
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-torch.txt
 	@$(CLIENTS)/bin/python -m pip install --quiet -r tests/export/requirements-clients.txt --editable '.[hf]'
+	@touch $@
+
+# vLLM without its dependencies, and these without those that bring another PyTorch.
+$(VLLM)/.ready: pyproject.toml tests/export/requirements-torch.txt tests/export/requirements-vllm.txt tests/export/requirements-vllm-needs.txt
+	@echo "making $(VLLM) (once; PyTorch and vLLM are large)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet -r tests/export/requirements-torch.txt
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps -r tests/export/requirements-vllm.txt
+	@$(VLLM)/bin/python -m pip install --quiet -r tests/export/requirements-vllm-needs.txt --editable '.[hf]'
 	@touch $@
 
 # Without their dependencies: the plugins need no CUDA libraries to lower and compile for a GPU.

@@ -54,11 +54,11 @@ def export(model: QuantizedModel | str | Path, directory: str | Path, target: st
         directory: the folder to write. It appears in one step, when everything is written.
         target: "compressed-tensors" (vLLM, transformers, SGLang), "modelopt" (TensorRT-LLM, vLLM, SGLang), "stablehlo".
         options: of the first two targets: `source`, the Hugging Face folder of the float model, from which config.json
-            and tokenizer come (checkpoints of `jqopt quantize` and models of `load_hf` know theirs); `engine`, who must
-            load it (default vLLM; "other": don't ask); `dtype` of unquantized parameters (default: config.json's);
-            `max_shard_size` in bytes; `overwrite`; `resume`, to go on after a cut. Of "stablehlo" (docs/export.md),
-            which takes no folder: the bounds `batch` and `length`, `platforms`, `overwrite`, `dims`, `axes`, `inputs`,
-            `backend`.
+            and tokenizer come (checkpoints of `jqopt quantize` and models of `load_hf` know theirs); `names`, the
+            `jqopt.hf.NameMap` of a model that isn't `jqopt.hf.load_model`'s; `engine`, who must load it (default vLLM;
+            "other": don't ask); `dtype` of unquantized parameters (default: config.json's); `max_shard_size` in bytes;
+            `overwrite`; `resume`, to go on after a cut. Of "stablehlo" (docs/export.md), which takes no folder: the
+            bounds `batch` and `length`, `platforms`, `overwrite`, `dims`, `axes`, `inputs`, `backend`.
 
     Returns:
         What was written; `print` it.

@@ -421,7 +421,7 @@ class _Walk:
                 site = self._describe(eqn, op, weight, v, axis, address, scope)
                 shape = tuple(eqn.invars[1 - weight].aval.shape)
                 act = other.id if isinstance(other, Act) and op != "gather" else -1
-                axes = _contracted(eqn, op, weight)
+                axes = _contracted(eqn, op, weight, v)
                 found = dataclasses.replace(site, part=part, activation=act, input_shape=shape, input_axes=axes)
                 self.sites.append(found)
         return True
@@ -476,13 +476,24 @@ class _Walk:
         return dataclasses.replace(base, stack=stack, rows=tuple(rows), cols=tuple(cols))
 
 
-def _contracted(eqn: Any, op: str, weight: int) -> tuple[int, ...]:
+def _contracted(eqn: Any, op: str, weight: int, value: Any) -> tuple[int, ...]:
     """The axes of the activation that a site contracts, in the order of its k; a convolution's feature axis."""
     if op == "dot_general":
-        return tuple(map(int, eqn.params["dimension_numbers"][0][1 - weight]))
+        return tuple(pair[1 - weight] for pair in _pairs(eqn, weight, value))
     if op == "conv":
         return (int(eqn.params["dimension_numbers"].lhs_spec[1]),)
     return () if op == "gather" else (eqn.invars[1 - weight].aval.ndim - 1,)
+
+
+def _pairs(eqn: Any, weight: int, value: Any) -> list[tuple[int, int]]:
+    """(left axis, right axis) that a product contracts, in the order in which the parameter holds them.
+
+    An equation may list them in any order (einsum reverses them); k, hence blocks, follow the parameter's memory.
+    """
+    pairs = [(int(a), int(b)) for a, b in zip(*eqn.params["dimension_numbers"][0], strict=True)]
+    if not isinstance(value, View):
+        return pairs
+    return sorted(pairs, key=lambda pair: [(a.axis, -a.stride) for a in value.axes[pair[weight]]])
 
 
 TRANSPARENT = _view.SAME | {
@@ -509,8 +520,8 @@ def _local(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _dot_roles(eqn: Any, weight: int, view: View) -> tuple | str:
-    contract, batch = (dims[weight] for dims in eqn.params["dimension_numbers"])
-    contract, batch = tuple(map(int, contract)), tuple(map(int, batch))
+    contract = tuple(pair[weight] for pair in _pairs(eqn, weight, view))
+    batch = tuple(map(int, eqn.params["dimension_numbers"][1][weight]))
     if not contract:
         return "an outer product: nothing is contracted"
     free = tuple(d for d in range(len(view.shape)) if d not in (*contract, *batch))

@@ -32,6 +32,9 @@ WIDE = ("int64", "uint64", "float64", "complex128")
 IN_FLIGHT = 1 << 30
 """Bytes that may be on their way between devices and disk."""
 
+CHUNK = 1 << 25
+"""Larger arrays are stored in pieces of this many bytes: a reader unpacks piece by piece, and never a whole array."""
+
 PathLike = str | os.PathLike[str]
 Shardings = Any
 """One Sharding; a tree of Shardings like the parameters; or a function of (path, leaf, ShapeDtypeStruct)."""
@@ -64,6 +67,7 @@ def context(sizes: Iterable[int]) -> ocp.Context:
     made.memory.write_concurrent_bytes = made.memory.read_concurrent_bytes = limit
     made.memory.transfer_concurrent_bytes = limit
     made.memory.deepcopy_host_arrays = False
+    made.array.saving.storage_options.chunk_byte_size = CHUNK
     return made
 
 

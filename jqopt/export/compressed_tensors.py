@@ -60,37 +60,41 @@ def _packed(bits: int, strategy: str, **more: Any) -> Json:
 
 
 _ALL = "vllm transformers"
+_DENSE = "transformers"  # 5.23 fails on these in experts, or decodes them without their global scale
 _FP8_TOKEN, _INT8_TOKEN = ({"format": f, "granularity": "token"} for f in ("fp8", "int8"))
 _UINT4_ROWS = {"format": "uint4", "granularity": "channel"}
 _INT4_ROWS = {"format": "int4", "granularity": "channel"}
 
 ROWS = (
-    row("NVFP4A16", "nvfp4", None, _NVFP4, _facts("nvfp4-pack-quantized", _FP4), f"{_ALL} sglang tpu-inference"),
+    row("NVFP4A16", "nvfp4", None, _NVFP4, _facts("nvfp4-pack-quantized", _FP4), f"{_ALL} sglang tpu-inference",
+        dense=_DENSE),
     row("NVFP4", "nvfp4", "nvfp4", (*_NVFP4, _NVFP4_INPUT),
-        _facts("nvfp4-pack-quantized", _FP4, {**_FP4, "dynamic": "local"}), f"{_ALL} sglang tpu-inference"),
+        _facts("nvfp4-pack-quantized", _FP4, {**_FP4, "dynamic": "local"}), f"{_ALL} sglang tpu-inference",
+        dense=_DENSE),
     row("MXFP4A16", "mxfp4", None, (_CODES, _POWERS), _facts("mxfp4-pack-quantized", _MX4), _ALL),
     row("MXFP4", "mxfp4", "mxfp4", (_CODES, _POWERS),
         _facts("mxfp4-pack-quantized", _MX4, {**_MX4, "dynamic": True}), _ALL),
-    row("MXFP8", "mxfp8", "mxfp8", (_FP8, _POWERS), _facts("mxfp8-quantized", _MX8, {**_MX8, "dynamic": True}), _ALL),
+    row("MXFP8", "mxfp8", "mxfp8", (_FP8, _POWERS), _facts("mxfp8-quantized", _MX8, {**_MX8, "dynamic": True}), _ALL,
+        dense=_DENSE),
     row("FP8", "fp8", "fp8", (_FP8, _WHOLE, _INPUT),
         _facts("float-quantized", _F8, _F8), f"{_ALL} sglang tpu-inference"),
     row("FP8_DYNAMIC", {"format": "fp8", "granularity": "channel"}, _FP8_TOKEN, (_FP8, _BY_ROW),
         _facts("float-quantized", _F8_ROWS, _F8_TOKENS), f"{_ALL} sglang tpu-inference"),
     row("FP8_BLOCK", "fp8_block", {"format": "fp8", "block": 128}, (_FP8, _BY_BLOCK),
-        _facts("float-quantized", _F8_BLOCKS, _F8_GROUPS), f"{_ALL} sglang"),
+        _facts("float-quantized", _F8_BLOCKS, _F8_GROUPS), f"{_ALL} sglang", dense=_DENSE),
     row("W4A16", "int4", None, (_WORDS, _BY_BLOCK, _SHAPE), _packed(4, "group"), f"{_ALL} sglang", any_block=True),
     row("W4A16_CHANNEL", _INT4_ROWS, None, (_WORDS, _BY_ROW, _SHAPE), _packed(4, "channel"), f"{_ALL} sglang"),
     row("W4A16_ASYM", "uint4", None, (_WORDS, _BY_BLOCK, _SHAPE, _ZEROS), _packed(4, "group", symmetric=False),
-        f"{_ALL} sglang", any_block=True),
+        f"{_ALL} sglang", any_block=True, dense=_DENSE),
     row("W4A16_ASYM_CHANNEL", _UINT4_ROWS, None, (_WORDS, _BY_ROW, _SHAPE, _ZEROS),
-        _packed(4, "channel", symmetric=False), f"{_ALL} sglang"),
+        _packed(4, "channel", symmetric=False), f"{_ALL} sglang", dense=_DENSE),
     row("W8A16", {"format": "int8", "block": 128}, None, (_WORDS, _BY_BLOCK, _SHAPE), _packed(8, "group"),
         f"{_ALL} sglang", any_block=True),
     row("W8A16_CHANNEL", "int8", None, (_WORDS, _BY_ROW, _SHAPE), _packed(8, "channel"), f"{_ALL} sglang"),
     row("W8A8", "int8", _INT8_TOKEN, (_INT8, _BY_ROW), _facts("int-quantized", _I8_ROWS, _I8_TOKENS),
-        f"{_ALL} sglang tpu-inference"),
+        f"{_ALL} sglang tpu-inference", dense=_DENSE),
     row("W8A8_STATIC", "int8", "int8", (_INT8, _BY_ROW, _INPUT),
-        _facts("int-quantized", _I8_ROWS, _args(8, "int", "tensor")), f"{_ALL} sglang"),
+        _facts("int-quantized", _I8_ROWS, _args(8, "int", "tensor")), f"{_ALL} sglang", dense=f"{_DENSE} vllm"),
 )  # fmt: skip
 
 KV_SCHEME = _args(8, "float", "tensor")

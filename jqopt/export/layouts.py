@@ -125,7 +125,7 @@ def _from_row_pairs(data: np.ndarray, size: Size) -> np.ndarray:
 
 def _tiles(size: Size) -> tuple[Shape, ...]:
     whole = (size.rows, 1, size.cols, 1)
-    return ((), whole) if size.rows * size.cols == 1 else (whole,)
+    return (whole, ()) if size.rows * size.cols == 1 else (whole,)  # vLLM 0.32 can't read the latter, ModelOpt's
 
 
 def _grid(s: Size) -> Shape:

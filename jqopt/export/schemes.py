@@ -28,6 +28,7 @@ class Row(NamedTuple):
         tensors: what stands in the file for one matrix.
         facts: what the target's configuration says of it.
         engines: who loads it (as of the versions in docs/export.md).
+        experts: who of them loads it in the layers of experts too.
         any_block: may the weight's block have another length?
     """
 
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     tensors: tuple[Stored, ...]
     facts: Mapping[str, Any]
     engines: frozenset[str]
+    experts: frozenset[str]
     any_block: bool = False
 
     @property
@@ -46,14 +48,14 @@ class Row(NamedTuple):
 
 def row(
     name: str, weight: Any, input: Any, tensors: Sequence[Stored], facts: Mapping[str, Any], engines: str = "",
-    any_block: bool = False,
+    any_block: bool = False, dense: str = "",
 ) -> Row:  # fmt: skip
-    """A row from quantizers as a recipe writes them; `engines`: names between blanks."""
+    """A row from quantizers as a recipe writes them; `engines`: names between blanks; `dense`: not in experts."""
     read = TensorSpec.from_dict(weight).resolve("weight")
     given = None if input is None else TensorSpec.from_dict(input).resolve("input")
-    unknown = set(engines.split()) - set(ENGINES)
-    assert not unknown, unknown
-    return Row(name, read, given, tuple(tensors), facts, frozenset(engines.split()), any_block)
+    known, without = frozenset(engines.split()), frozenset(dense.split())
+    assert known <= set(ENGINES) and without <= known, (engines, dense)
+    return Row(name, read, given, tuple(tensors), facts, known, known - without, any_block)
 
 
 class Asked(NamedTuple):
@@ -65,6 +67,7 @@ class Asked(NamedTuple):
     pre_scale: bool = False
     low_rank: bool = False
     rotation: bool = False
+    experts: bool = False
 
     def __str__(self) -> str:
         block = self.format.block
@@ -189,9 +192,15 @@ def choose(target: Target, path: str, asked: Asked, engine: str | None, smoothed
 
 def _loaded(target: Target, path: str, asked: Asked, able: Sequence[Row], engine: str | None) -> Row:
     who = engine or DEFAULT_ENGINE
-    found = next((r for r in able if who == OTHER or who in r.engines), None)
+    found = next((r for r in able if who == OTHER or who in (r.experts if asked.experts else r.engines)), None)
     if found is not None:
         return found
+    if asked.experts and any(who in r.engines for r in able):
+        held = [r.name for r in target.rows if who in r.experts]
+        raise UnsupportedError(
+            f"{path}: {who} loads {able[0].name} of {target.name} in dense layers, but not in experts; there it loads "
+            f"{', '.join(held) or 'nothing'}"
+        )
     loads = sorted({e for r in able for e in r.engines})
     here = [r.name for r in target.rows if who in r.engines]
     hint = (

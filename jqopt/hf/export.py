@@ -20,7 +20,12 @@ from jqopt.export.schemes import Target
 from jqopt.hf import folder as _folder
 from jqopt.hf.export_job import Job, Part, Scale, by_tensor, make_job
 from jqopt.hf.folder import Identity
+from jqopt.hf.mapped import LastRead, shape_of
+from jqopt.hf.names import NameMap
 from jqopt.hf.shards import JOURNAL, Slot, Writer, lay_out
+
+PIECE = 1 << 24
+"""Bytes of an unquantized tensor that are cast and turned at once."""
 
 
 class Exported(NamedTuple):
@@ -50,6 +55,7 @@ def export_folder(
     target: Target,
     directory: str | Path,
     *,
+    names: NameMap | None = None,
     engine: str | None = None,
     dtype: Any = None,
     max_shard_size: int = 5_000_000_000,
@@ -63,7 +69,8 @@ def export_folder(
         CheckpointError: something is there already.
     """
     schemes.check_engine(engine)
-    job = make_job(params, model, target, engine, dtype)
+    params = params if names is None else LastRead(params, names)
+    job = make_job(params, model, target, engine, dtype, names)
     shards = lay_out(_slots(job, target), max_shard_size)
     out = Path(directory).absolute()
     fresh = _begin(out, overwrite, resume)
@@ -82,8 +89,8 @@ def export_folder(
     for part in job.parts:
         if part.row is not None:
             counts[part.row.name] = counts.get(part.row.name, 0) + len(part.place.tensors)
-    names = tuple(sorted(path.name for path in out.iterdir()))
-    return Exported(out, target.name, counts, len(slots), sum(s.nbytes for s in slots), names, job.notes)
+    written = tuple(sorted(path.name for path in out.iterdir()))
+    return Exported(out, target.name, counts, len(slots), sum(s.nbytes for s in slots), written, job.notes)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -93,7 +100,7 @@ def _slots(job: Job, target: Target) -> Iterator[Slot]:
     for part in job.parts:
         for i, name in enumerate(part.place.tensors):
             if part.row is None:
-                yield Slot(name, job.dtype, _float_shape(part))
+                yield Slot(name, job.dtype, shape_of(part.place, part.parameter, part.cut))
             else:
                 yield from (Slot(*entry) for entry in _stored(part, part.modules[i]))
     for scale in job.scales:
@@ -106,11 +113,6 @@ def _stored(part: Part, module: str) -> Iterator[tuple[str, np.dtype, tuple[int,
     for stored in part.row.tensors:
         if stored.leaf == SHAPE or stored.leaf in part.packed.leaves:
             yield f"{module}.{stored.suffix}", layouts.dtype_of(stored), layouts.shape_of(stored, part.size)
-
-
-def _float_shape(part: Part) -> tuple[int, ...]:
-    shape = part.parameter.shape[len(_folder.stack_of(part.place)) :]
-    return (*shape[:-2], shape[-1], shape[-2]) if part.place.transpose else shape
 
 
 def _write(files: Writer, params: Parameters, part: Part, dtype: np.dtype) -> None:
@@ -127,11 +129,21 @@ def _write_floats(files: Writer, params: Parameters, part: Part, dtype: np.dtype
     if all(name in files.continued for name in part.place.tensors):
         return
     x = params.read(part.place.path)
+    if part.cut is not None:
+        files.write(part.cut.piece.tensor, _pieces(part.cut.floats(x), dtype))
+        return
     whole = x.reshape((len(part.place.tensors), *x.shape[len(_folder.stack_of(part.place)) :]))
     for name, one in zip(part.place.tensors, whole, strict=True):
         if name not in files.continued:
-            turned = np.swapaxes(one, -1, -2) if part.place.transpose else one
-            files.write(name, np.ascontiguousarray(turned.astype(dtype)).reshape(_float_shape(part)))
+            files.write(name, _pieces(np.swapaxes(one, -1, -2) if part.place.transpose else one, dtype))
+
+
+def _pieces(x: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The array in another dtype, a few rows at a time, so that no second one of its size is held."""
+    rows = x if x.ndim > 1 else x.reshape(1, -1)
+    step = max(1, PIECE * len(rows) // max(rows.nbytes, 1))
+    for start in range(0, len(rows), step):
+        yield np.ascontiguousarray(rows[start : start + step], dtype)
 
 
 def _write_leaf(files: Writer, params: Parameters, part: Part, stored: Stored) -> None:

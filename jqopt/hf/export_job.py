@@ -15,19 +15,25 @@ from jqopt.export.layouts import SHAPE, Size
 from jqopt.export.parameters import Packed, Parameter, Parameters
 from jqopt.export.schemes import KV, Asked, Module, Row, Target
 from jqopt.hf import folder as _folder
+from jqopt.hf import mapped
 from jqopt.hf.families import Place
 from jqopt.hf.folder import Identity
+from jqopt.hf.mapped import Cut
+from jqopt.hf.names import NameMap
 
 WEIGHT = ".weight"
+EXPERTS = ".experts."
+"""What the names of experts' tensors hold, and of no others'."""
 
 
 class Part(NamedTuple):
-    """One parameter and what becomes of it; row None: it stays in floats."""
+    """One parameter and what becomes of it; row None: it stays in floats. `cut`: it is one tensor of the parameter."""
 
     place: Place
     parameter: Parameter
     row: Row | None
     size: Size | None
+    cut: Cut | None = None
 
     @property
     def modules(self) -> list[str]:
@@ -60,14 +66,24 @@ class Job(NamedTuple):
     notes: tuple[str, ...]
 
 
-def make_job(params: Parameters, model: Identity, target: Target, engine: str | None, dtype: Any) -> Job:
+def make_job(
+    params: Parameters, model: Identity, target: Target, engine: str | None, dtype: Any, names: NameMap | None = None
+) -> Job:
     """Decides everything; no array but the small ones that layers must share is read.
+
+    Args:
+        names: of a model that isn't jqopt's own decoder.
 
     Raises:
         UnsupportedError: something the target can't hold, or that the engine doesn't load.
     """
-    places = _folder.places_of(model, params.leaves)
-    parts = _chosen(params, places, target, engine)
+    cuts: list[tuple[Place, Cut | None]]
+    if names is None:
+        cuts = [(place, None) for place in _folder.places_of(model, params.leaves)]
+    else:
+        cuts = [*mapped.places_of(model, names, params.leaves)]
+    places = [place for place, _ in cuts]
+    parts = _chosen(params, cuts, target, engine)
     _check_fused(params, parts)
     kv, scales = _cache(params, places, target)
     if not any(p.row for p in parts):
@@ -91,40 +107,44 @@ def _modules(part: Part) -> list[Module]:
 
 
 def _is_table(part: Part) -> bool:
-    rank = len(part.parameter.shape) - len(_folder.stack_of(part.place))
-    return rank == 2 and not part.place.transpose
+    return not part.place.transpose and mapped.rank_of(part.place, part.parameter, part.cut) == 2
 
 
-def _chosen(params: Parameters, places: Sequence[Place], target: Target, engine: str | None) -> tuple[Part, ...]:
+def _chosen(
+    params: Parameters, cuts: Sequence[tuple[Place, Cut | None]], target: Target, engine: str | None
+) -> tuple[Part, ...]:
     """The row of each packed parameter."""
     asked: dict[str, Asked] = {}
-    for place in places:
+    for place, cut in cuts:
         packed = params.leaves[place.path].packed
         if packed is not None:
-            _check_oriented(place, packed)
+            _check_oriented(place, packed, cut)
             decision = params.plan.quantized[place.path]
             asked[place.path] = Asked(
                 packed.format, packed.granularity, decision.input_format, "pre_scale" in packed.leaves,
-                "low_a" in packed.leaves, packed.rotation != 0,
+                "low_a" in packed.leaves, packed.rotation != 0, any(EXPERTS in t for t in place.tensors),
             )  # fmt: skip
     smoothed = {a._replace(pre_scale=False) for a in asked.values() if a.pre_scale}
     out = []
-    for place in places:
+    for place, cut in cuts:
         leaf = params.leaves[place.path]
         if leaf.packed is None:
-            out.append(Part(place, leaf, None, None))
+            out.append(Part(place, leaf, None, None, cut))
             continue
         a = asked[place.path]
         row = schemes.choose(target, place.path, a, engine, a._replace(pre_scale=False) in smoothed)
         format, layout = leaf.packed.format, leaf.packed.layout
-        size = schemes.size_of(place.path, row, format, leaf.packed.granularity, layout.n, layout.k)
+        rows = layout.n if cut is None or cut.source is None else len(cut.source.rows)
+        size = schemes.size_of(place.path, row, format, leaf.packed.granularity, rows, layout.k)
         _check_leaves(place.path, row, leaf.packed)
-        out.append(Part(place, leaf, row, size))
+        out.append(Part(place, leaf, row, size, cut))
     return tuple(out)
 
 
-def _check_oriented(place: Place, packed: Packed) -> None:
+def _check_oriented(place: Place, packed: Packed, cut: Cut | None) -> None:
     """The packed matrix must be [out, in], as a linear layer's weight stands in the files."""
+    if cut is not None and place.transpose:
+        return  # its rows and columns have been found
     layout, lead = packed.layout, len(_folder.stack_of(place))
     axes = layout.axes()
     stack = tuple(i for axis in axes[:lead] for i in axis)
@@ -132,11 +152,16 @@ def _check_oriented(place: Place, packed: Packed) -> None:
         stack, tuple(axes[lead]), tuple(axes[lead + 1])
     )  # fmt: skip
     if not fits:
-        raise UnsupportedError(
-            f"{place.path}: {place.tensors[0]} isn't the weight of a linear layer that is packed along its inputs; "
-            "engines read packed weights of linear layers only. Keep it with `keep: true` (embedding tables, and heads "
-            "tied to them, are kept by defaults/skip_sensitive)."
+        turned = not place.transpose and len(axes) == lead + 2 and layout.cols == tuple(axes[lead])
+        why = (
+            "stands as [in, out] in the files (a Conv1D of transformers), and is no linear layer to the engines: none "
+            "has a scheme for it. Serve it with target='stablehlo'."
+            if turned
+            else "isn't the weight of a linear layer that is packed along its inputs; engines read packed weights of "
+            "linear layers only. Keep it with `keep: true` (embedding tables, and heads tied to them, are kept by "
+            "defaults/skip_sensitive)."
         )
+        raise UnsupportedError(f"{place.path}: {place.tensors[0]} {why}")
 
 
 def _check_leaves(path: str, row: Row, packed: Packed) -> None:
@@ -192,13 +217,11 @@ def _cache(params: Parameters, places: Sequence[Place], target: Target) -> tuple
         raise UnsupportedError(f"attentions with different caches ({', '.join(sorted(algos))}); engines have one")
     algo, out = algos.pop(), []
     for key in decisions:
-        place = next(
-            (p for p in places if p.path.startswith(f"{key}/") and p.tensors[0].endswith(".k_proj.weight")), None
-        )
-        if place is None:
+        own = [t for p in places if p.path.startswith(f"{key}/") for t in p.tensors if t.endswith(".k_proj.weight")]
+        if not own:
             raise UnsupportedError(f"{key}: {target.name} keeps a cache's scales beside k_proj, which isn't there")
         for part in "kv":
-            names = tuple(target.kv_name(t.removesuffix(".k_proj.weight"), part) for t in place.tensors)
+            names = tuple(target.kv_name(t.removesuffix(".k_proj.weight"), part) for t in own)
             out.append(Scale(key, f"{part}_scale", names))
     return KV(algo), tuple(out)
 
@@ -237,7 +260,7 @@ def _model_dtype(params: Parameters, model: Identity, dtype: Any) -> np.dtype:
 
 
 def _notes(params: Parameters, parts: Sequence[Part], to: np.dtype) -> tuple[str, ...]:
-    cast = [p.place.path for p in parts if p.row is None and p.parameter.dtype != to.name]
+    cast = {p.place.path for p in parts if p.row is None and p.parameter.dtype != to.name}
     notes = []
     if cast:
         froms = sorted({p.parameter.dtype for p in parts if p.row is None and p.parameter.dtype != to.name})
@@ -257,8 +280,9 @@ def _cut_tiles(packed: Packed, size: Size) -> bool:
 
 def by_tensor(part: Part, x: np.ndarray, leaf: str) -> np.ndarray:
     """A leaf [*stack, ...] as [tensors, ...]; one that inner stacked axes share is repeated for them."""
-    stack = _folder.stack_of(part.place)
-    own = {"data": 2, "scale": 2, "zero_point": 2, "pre_scale": 1, "global_scale": 0, "input_scale": 0}[leaf]
+    if part.cut is not None:
+        return part.cut.leaf(x, leaf, part.packed)[None]
+    stack, own = _folder.stack_of(part.place), mapped.OWN[leaf]
     lead, rest = x.shape[: x.ndim - own], x.shape[x.ndim - own :]
     wide = x.reshape((*lead, *[1] * (len(stack) - len(lead)), *rest))
     return np.broadcast_to(wide, (*stack, *rest)).reshape((len(part.place.tensors), *rest))

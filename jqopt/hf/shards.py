@@ -127,15 +127,19 @@ class Writer:
         self._note()
         return frozenset(self.digests)
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        """One tensor, once. Its shard is closed with its last one."""
+    def write(self, name: str, value: np.ndarray | Iterable[np.ndarray]) -> None:
+        """One tensor, once: whole, or in pieces that follow each other. Its shard is closed with its last tensor."""
         slot, shard = self._slots[name], self._shard_of[name]
-        assert (value.dtype, value.shape) == (slot.dtype, slot.shape), (name, value.dtype, value.shape, slot)
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-        file = self._file(shard)
+        file, seen, written = self._file(shard), hashlib.sha256(), 0
         file.seek(shard.offsets[name])
-        file.write(data)
-        self._new[shard.file][name] = hashlib.sha256(data).hexdigest()
+        for piece in (value,) if isinstance(value, np.ndarray) else value:
+            assert piece.dtype == slot.dtype, (name, piece.dtype, slot)
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            file.write(data)
+            seen.update(data)
+            written += len(data)
+        assert written == slot.nbytes, (name, written, slot)
+        self._new[shard.file][name] = seen.hexdigest()
         self._left[shard.file] -= 1
         if self._left[shard.file] == 0:
             self._finish(shard)

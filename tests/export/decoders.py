@@ -133,8 +133,7 @@ _PAIRS = {"weight": ("U8", lambda n, k: (n // 2, k)), "weight_scale": ("F32", la
 
 
 def _tiles(n: int, k: int) -> tuple[int, ...]:
-    shape = (-(-n // 128), 1, -(-k // 128), 1)
-    return shape if shape != (1, 1, 1, 1) else ()
+    return (-(-n // 128), 1, -(-k // 128), 1)
 
 
 EXPECTED: dict[str, dict[str, dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -71,6 +72,36 @@ def test_another_reader_finds_what_the_format_says(target, name, exported):
             np.testing.assert_allclose(decoded, wanted[module], rtol=2**-22)
         else:
             np.testing.assert_array_equal(decoded, wanted[module])
+
+
+OTHERS = {
+    "qwen3": ("compressed-tensors", "NVFP4"),
+    "mistral": ("modelopt", "KV"),
+    "mixtral": ("compressed-tensors", "W4A16"),
+}
+EACH = [(f, *case) for f in OTHERS for case in ALL if f != "mixtral" or case[1] != "MIXED"]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "name"),
+    [pytest.param(*case, marks=() if OTHERS[case[0]] == case[1:] else pytest.mark.slow) for case in EACH],
+)
+def test_other_families_there_and_back(family, target, name, families, tmp_path):
+    """Export, read, export: the same bytes in every file."""
+    recipe, smoothed = tiny.TABLES[target][name], tiny.SMOOTHED.get(name, "") if target == "modelopt" else ""
+    jqopt.export(tiny.packed(families(family), recipe, False, smoothed), tmp_path / "one", target, engine="other")
+    jqopt.export(jqopt.load_hf(tmp_path / "one"), tmp_path / "two", target, engine="other")
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    for file in names:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """A family's name -> its folder, made once."""
+    root = tmp_path_factory.mktemp("families")
+    return lambda family: root / family if (root / family).exists() else tiny.make(root / family, family)
 
 
 @pytest.mark.parametrize(("target", "name"), ALL)
@@ -251,6 +282,13 @@ def test_embedding_tables_are_refused(source, tmp_path):
     recipe = {"schema": 1, "name": "all", "rules": [{"match": "*", "weight": "int8"}]}
     with pytest.raises(UnsupportedError, match="embed_tokens.weight isn't the weight of a linear layer"):
         jqopt.export(tiny.packed(source, recipe), tmp_path / "x")
+
+
+def test_gpt2_is_refused_for_its_conv1d(tmp_path):
+    folder = Path(__file__).parents[1] / "hf" / "golden" / "gpt2"
+    qm = tiny.packed(folder, tiny._recipe("int8"), scan=False)
+    with pytest.raises(UnsupportedError, match=r"c_attn.weight stands as \[in, out\] .*Conv1D.*target='stablehlo'"):
+        jqopt.export(qm, tmp_path / "x")
 
 
 def test_caches_that_no_engine_reads_are_refused(exported, tmp_path):

@@ -1,4 +1,4 @@
-"""A tiny random Llama as a Hugging Face folder, and recipes that cover every scheme of the export's tables."""
+"""Tiny random models as Hugging Face folders, and recipes that cover every scheme of the export's tables."""
 
 import fnmatch
 import functools
@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 import jqopt
 from jqopt._apply import Quantized
 from jqopt._model import QuantizedModel
-from jqopt.hf import load_model
+from jqopt._numerics import scale_from_amax
+from jqopt.hf import families, load_model
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,11 +41,18 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""What other families' config.json says besides `CONFIG`."""
 IDS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (2, 12)).astype(np.int32)
 KEEP = "defaults/skip_sensitive"
 
 # Which recipes give which scheme: {scheme: recipe}. `W` alone: activations are left alone.
-_LINEAR = {"path": "*", "op": "dot_general"}
+_LINEAR = {"path": "*", "op": ["dot_general", "ragged_dot"]}
 
 
 def _recipe(weight: Any, input: Any = None, **more: Any) -> dict[str, Any]:
@@ -135,14 +143,31 @@ def tensors(config: dict[str, Any] = CONFIG, seed: int = 0) -> dict[str, np.ndar
     return {name: values(shape) for name, shape in shapes.items()}
 
 
-def make(folder: Path, **changes: Any) -> Path:
+def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random bfloat16 tensors of any family: the names and shapes that jqopt reads, for clients to contradict."""
+    family = families.find(config)
+    parsed = family.parse(config)
+    tree: Any = jax.eval_shape(family.build(parsed, False, jnp.float32).init, jax.random.key(0), IDS[:1])
+    shapes = {k: x.shape for k, x in traverse_util.flatten_dict(tree["params"], sep="/").items()}
+    rng, out = np.random.default_rng(seed), {}
+    for place in family.places(parsed, False):
+        shape = shapes[place.path][len(place.stack) :]
+        for name in place.tensors:
+            x = rng.normal(size=shape[::-1] if place.transpose else shape)
+            x = x * x.shape[-1] ** -0.5 if x.ndim > 1 else 1 + 0.1 * x
+            out[name] = x.astype(ml_dtypes.bfloat16)
+    return out
+
+
+def make(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
     """The folder of a tiny model, with a tokenizer file to carry along."""
-    config = CONFIG | changes
+    config = CONFIG | {"model_type": model_type} | FAMILIES[model_type] | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
-    save_file(tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+    found = tensors(config) if model_type == "llama" else tensors_of(config)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -167,16 +192,54 @@ def packed(folder: Path, recipe: Any, scan: bool = True, smoothed: str = "") -> 
     """
     module, variables, graph = _traced(folder, scan)
     plan = jqopt.plan({key: x for key, x in recipe.items() if key != "algorithm"}, graph)
-    flat: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    made = {}
     for number, (path, d) in enumerate(plan.quantized.items()):
-        rng = np.random.default_rng(number)
         fused = np.random.default_rng([7, *map(ord, d.fused or d.key)])
         group = np.random.default_rng([8, *map(ord, d.group)])
-        q = _random(d, rng, fused)
+        q = _random(d, np.random.default_rng(number), fused)
         if d.has_static_input:
             q = q.replace(input_scale=jnp.asarray(group.uniform(0.01, 0.1, d.outer), jnp.float32))
+        made[path] = q
+    return _assembled(folder, module, variables, plan, made, smoothed)
+
+
+def rounded(folder: Path, recipe: Any, smoothed: str = "") -> Any:
+    """A quantized model of a folder's own weights, its layers unrolled: what `quantized` gives, without a calibration.
+
+    Tensor-level scales are made for `LARGEST` and `LOUDEST` everywhere, so that fused layers share them.
+    """
+    module, variables, graph = _traced(folder, False)
+    plan = jqopt.plan({key: x for key, x in recipe.items() if key != "algorithm"}, graph)
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    made = {}
+    for path, d in plan.quantized.items():
+        q = _round(flat[path], d.format, d.granularity, d.layout)
+        if d.has_static_input:
+            scale = scale_from_amax(jnp.full(d.outer, LOUDEST, jnp.float32), d.input_format.format)
+            q = q.replace(input_scale=scale)
+        made[path] = q
+    return _assembled(folder, module, variables, plan, made, smoothed)
+
+
+LARGEST, LOUDEST = 0.6, 5.0
+"""No weight, and next to no activation of these random models is larger."""
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _round(x: jax.Array, format: Any, granularity: str, layout: Any) -> jqopt.QTensor:
+    stack = tuple(layout.atoms[i] for i in layout.stack)
+    whole = format.global_scale or granularity == "tensor"
+    amax = jnp.full(stack, LARGEST, jnp.float32) if whole else None
+    return jqopt.QTensor.quantize(x, format, granularity=granularity, layout=layout, tensor_amax=amax)
+
+
+def _assembled(folder: Path, module: Any, variables: Any, plan: Any, made: dict[str, Any], smoothed: str) -> Any:
+    """The model of these packed parameters; caches get made-up scales."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    for number, (path, q) in enumerate(made.items()):
         if smoothed and fnmatch.fnmatch(path, smoothed):
-            q = q.replace(pre_scale=jnp.asarray(rng.uniform(0.5, 2, (*q.data.shape[:-2], d.layout.k)), jnp.float32))
+            pre = np.random.default_rng([6, number]).uniform(0.5, 2, (*q.data.shape[:-2], q.layout.k))
+            q = q.replace(pre_scale=jnp.asarray(pre, jnp.float32))
         flat[path] = q
     scales: dict[str, Any] = {}
     for d in plan.attention:
@@ -206,18 +269,37 @@ def _random(d: Any, rng: np.random.Generator, fused: np.random.Generator) -> jqo
     return jqopt.QTensor(codes, jnp.asarray(values), whole, zero, None, None, f, d.granularity, layout, "float32")
 
 
+EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Mixtral's names of an expert's projections; its experts are expected in unrolled layers."""
+
+
+def decoded(qm: Any) -> dict[str, np.ndarray]:
+    """{path: float32 [*stack, out, in] that the packed weight stands for}."""
+    flat = traverse_util.flatten_dict(qm.params["params"], sep="/")
+    packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jqopt.QTensor)}
+    found = jax.jit(lambda tree: {key: q.whole() for key, q in tree.items()})(packed)
+    return {path: np.asarray(x) for path, x in found.items()}
+
+
 def weights_of(qm: Any) -> dict[str, np.ndarray]:
     """{module name in the files: float32 [out, in] that the packed weight stands for}."""
     out = {}
-    flat = traverse_util.flatten_dict(qm.params["params"], sep="/")
-    packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jqopt.QTensor)}
-    decode = jax.jit(lambda tree: {key: q.whole() for key, q in tree.items()})
-    for path, found in decode(packed).items():
-        whole = np.asarray(found)
+    for path, whole in decoded(qm).items():
         name = path.removesuffix("/kernel").replace("/", ".")
         each = whole if whole.ndim == 3 else whole[None]
         for i, matrix in enumerate(each):
             number = re.search(r"layers_(\d+)", name)
             layer = int(number[1]) if number else i
-            out[re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)] = matrix
+            module = re.sub(r"layers(_\d+)?", f"model.layers.{layer}", name)
+            expert = re.search(r"mlp\.experts\.(\w+)", module)
+            if expert:
+                module = module.replace(expert[0], f"block_sparse_moe.experts.{i}.{EXPERT[expert[1]]}")
+            out[module] = matrix
     return out
+
+
+def floats_of(qm: Any) -> dict[str, Any]:
+    """The model's variables in float32, packed ones decoded."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(qm.params["params"], sep="/")
+    flat |= {path: np.swapaxes(x, -1, -2) for path, x in decoded(qm).items()}
+    return {"params": traverse_util.unflatten_dict(flat, sep="/")}

@@ -151,8 +151,8 @@ def test_sources_say_where_the_rows_of_packed_weights_come_from(rows_first):
 
 
 def test_a_quantized_model_of_others_finds_its_tensors():
-    """The layouts that a plan gives the einsum weights hold the rows of the tensors, for every matrix; the columns of
-    `o_proj` stand in the order in which the einsum contracts its two axes."""
+    """The layouts that a plan gives the einsum weights hold the rows and columns of the tensors, for every matrix, also
+    of `o_proj`, whose einsum contracts two axes."""
     model, config = model_of("llama")
     qm = jqopt.quantize_model(model, "int8_weight_only", inputs=(np.ones((1, 4), np.int32),))
     shapes = {p: tuple(x.shape) for p, x in qm.plan.parameters.items()}
@@ -161,9 +161,7 @@ def test_a_quantized_model_of_others_finds_its_tensors():
         if mapped.path in done:
             (source,) = mapped.sources(done[mapped.path].layout)
             np.testing.assert_array_equal(source.rows, np.arange(mapped.pieces[0].shape[0]))
-            straight = np.arange(mapped.pieces[0].shape[1])
-            np.testing.assert_array_equal(np.sort(source.cols), straight)
-            assert (source.cols == straight).all() or "o_proj" in mapped.path
+            np.testing.assert_array_equal(source.cols, np.arange(mapped.pieces[0].shape[1]))
 
 
 # ------------------------------------------------------------------------------------------------ completeness
