@@ -490,11 +490,11 @@ def quantize_matrix(
         codes = encode(scaled, format.element)
     data = from_tiles(codes, *x.shape[-2:])
     data = pack(data, format.element.bits) if packed else data
-    return Codes(data, _stored(scales.raw, format), scales.global_scale, scales.zero_point)
+    return Codes(data, encode_scale(scales.raw, format), scales.global_scale, scales.zero_point)
 
 
-def _stored(scale: Array, format: Format) -> Array:
-    """Scales as they are stored; an e4m3 here is already rounded."""
+def encode_scale(scale: Array, format: Format) -> Array:
+    """Scales as they are stored, the inverse of `decode_scale`; of e8m0 it takes the bits."""
     if format.scale.name == "e8m0":
         return scale.astype(jnp.uint8)
     return encode(scale, E4M3) if format.scale.name == "e4m3" else scale

@@ -142,6 +142,7 @@ class Algorithm(NamedTuple):
     two_streams: bool = False  # does it compare the float model's activations with the quantized prefix'?
     refuses: Callable[[Problem, int, int], str] = lambda problem, n, k: ""  # why it can't be had for a weight [n, k]
     chained: tuple[Any, ...] = ()  # the algorithms of a chain
+    training: Any = None  # how the whole model is trained once all its weights are solved (see `distill`)
 
     @property
     def parts(self) -> tuple[Algorithm, ...]:
@@ -173,8 +174,12 @@ STAGES: Mapping[str, str] = {
     "low_rank": "takes a low-rank part out of the weights",
     "range": "chooses the weights' scales",
     "rounding": "rounds the weights",
+    "model": "trains the whole model",
 }
 """What a step may change, in the order in which steps must stand."""
+
+ONCE = ("rounding", "model")
+"""Stages of which a list can have one step only."""
 
 
 def chain(*algorithms: Algorithm) -> Algorithm:
@@ -190,11 +195,11 @@ def chain(*algorithms: Algorithm) -> Algorithm:
     algorithms = tuple(part for a in algorithms for part in a.parts)
     order = list(STAGES)
     for before, after in itertools.pairwise(algorithms):
-        if order.index(after.stage) < order.index(before.stage) or before.stage == after.stage == "rounding":
+        if order.index(after.stage) < order.index(before.stage) or before.stage == after.stage in ONCE:
             raise PlanError(
                 f"{after.name} {STAGES[after.stage]}, so it can't follow {before.name}, which {STAGES[before.stage]}; "
                 f"write [{', '.join(a.name for a in sorted(algorithms, key=lambda a: order.index(a.stage)))}]"
-                + (", with one that rounds" if before.stage == after.stage else "")
+                + (f", with one that {STAGES[after.stage]}" if before.stage == after.stage else "")
             )
     statistics = {s.name: s for a in algorithms for s in a.statistics}
 
@@ -205,7 +210,7 @@ def chain(*algorithms: Algorithm) -> Algorithm:
         "+".join(a.name for a in algorithms), solve, algorithms[-1].stage, tuple(statistics.values()),
         next((a.rotation for a in algorithms if a.rotation), 0), sum(a.rank for a in algorithms),
         any(a.scales_input for a in algorithms), any(a.two_streams for a in algorithms),
-        chained=algorithms,
+        chained=algorithms, training=next((a.training for a in algorithms if a.training is not None), None),
     )  # fmt: skip
 
 
