@@ -70,7 +70,8 @@ class Task:
     stats: states of the statistics, by name, of the activation as the first step sees it.
     amax: each [e] or None: the largest absolute weight that a tensor-level scale is made from, where there is one.
     ties: [k] int32 or None: channels with the same number must have the same `pre_scale`.
-    tiles: each [e, rows, cols] or None: what each tile's scale is made from, in place of its largest value.
+    tiles: each [e, rows, cols] or None: what each tile's scale is made from, in place of its largest value. With zero
+        points [e, rows, cols, 2]: the ends of its range, at most 0 and at least 0.
     input_amax: [] or None: what the static input scale is made from, in place of the largest value seen.
     low_rank: each (a [e, r, k], b [e, n, r]) or None: y has a further part, (x * pre_scale) a^T b^T.
     codes: each None until a step has rounded.

@@ -44,7 +44,11 @@ def error(qm, variables) -> float:
     return float(np.mean([np.mean((got - want) ** 2) / np.mean(want**2) for got, want in parts]))
 
 
-@pytest.mark.parametrize(("weight", "rule"), [("uint4", {}), ("nvfp4", {"input": "nvfp4"})], ids=["uint4", "nvfp4"])
+@pytest.mark.parametrize(
+    ("weight", "rule"),
+    [("uint4", {}), pytest.param("nvfp4", {"input": "nvfp4"}, marks=pytest.mark.slow)],
+    ids=["uint4", "nvfp4"],
+)
 def test_outputs_come_nearer_while_codes_and_bits_stay(variables, weight, rule):
     before = quantized(variables, "gptq", weight, **rule)
     after = quantized(variables, ["gptq", STEPS], weight, **rule)
