@@ -64,16 +64,16 @@ def test_hessians_of_32_layers_are_gathered_in_as_many_passes_as_the_plan_says(f
 
     monkeypatch.setattr(_calibrate, "calibrate", watched)
     data = ("--data", folder / "ids.npy", "--seq", 16, "--batch", 16)
-    said = jqopt_says("plan", folder / "hf", "int4_gptq", "--memory", LIMIT, *data)
+    said = jqopt_says("plan", folder / "hf", "--recipe", "int4_gptq", "--memory", LIMIT, *data)
     found = re.search(r"(\d+) passes over the data; statistics of ([\d,]+) bytes, at most ([\d,]+) at a time", said)
     assert found, said
     passes, whole, most = (int(x.replace(",", "")) for x in found.groups())
     assert MOMENTS <= whole < 1.1 * MOMENTS and most <= LIMIT
     assert passes == -(-whole // LIMIT)  # no more than must be: units are small beside the limit
 
-    jqopt_says("quantize", folder / "hf", "int4_gptq", "--memory", LIMIT, *data, "--out", folder / "some")
+    jqopt_says("quantize", folder / "hf", "--recipe", "int4_gptq", "--memory", LIMIT, *data, "--out", folder / "some")
     assert len(held) == passes and max(held) == most
-    jqopt_says("quantize", folder / "hf", "int4_gptq", *data, "--out", folder / "all")
+    jqopt_says("quantize", folder / "hf", "--recipe", "int4_gptq", *data, "--out", folder / "all")
     some, whole_model = (jqopt.load(folder / name) for name in ("some", "all"))
     for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(whole_model), strict=True):
         np.testing.assert_array_equal(a, b)
