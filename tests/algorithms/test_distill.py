@@ -71,8 +71,8 @@ def test_the_gradient_is_that_of_the_packed_model(variables):
         tree = _distill.simulated(qm.plan, qm.quant.params, logs)
         rule = lambda sites: _distill.Differentiable(sites, True, None)  # noqa: E731
         found = [_distill._apply.run(qm.plan, rule, tree, (b,), {}) for b in BATCHES]
-        wanted = [NET.apply(variables, b) for b in BATCHES]
-        return sum(map(_distill._mse, wanted, found)) / len(BATCHES)
+        wanted = [jnp.asarray(NET.apply(variables, b)) for b in BATCHES]
+        return sum(map(_distill._mse, wanted, found), jnp.float32(0)) / len(BATCHES)
 
     value, g = jax.jit(jax.value_and_grad(trained))(logs)
     length = float(jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(g))))
