@@ -18,6 +18,7 @@ import numpy as np
 import jqopt
 from jqopt import transforms
 from jqopt.hf import load_model
+from jqopt.hf.decoder import untie
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WINDOWS, LENGTH, BATCH = 128, 256, 8
@@ -51,6 +52,30 @@ ROWS: dict[str, Any] = {
     "mxfp4_mr_gptq": "mxfp4_mr_gptq",
     "w4a8_awq": "w4a8_awq",
 }
+W4A4 = {
+    "match": {"path": "*", "op": "dot_general"},
+    "weight": {"format": "int4", "granularity": "channel"},
+    "input": {"format": "int4", "granularity": "token"},
+}
+
+
+def w4a4(*steps: str, online: bool = False) -> dict[str, Any]:
+    """int4 weights by channel and activations by token; `online`: R4, the down projections' input is rotated."""
+    turned = {**W4A4, "match": "*/down_proj/*", "algorithm": [{"name": "hadamard", "block": 0}, *steps]}
+    rules = [turned, W4A4] if online else [W4A4]
+    return {"extends": ["defaults/skip_sensitive"], "rules": rules, "algorithm": list(steps) or "max"}
+
+
+ROWS |= {
+    "int4 W4A4": w4a4(),
+    "int4 W4A4, gptq": w4a4("gptq"),
+    "int4 W4A4, smoothquant": w4a4("smoothquant"),
+    "int4 W4A4, R1R2R4": w4a4(online=True),
+    "int4 W4A4, R1R2R4, gptq": w4a4("gptq", online=True),
+    "nvfp4, R1R2": "nvfp4",
+}
+ROTATED = {name for name in ROWS if "R1R2" in name}
+"""Rows whose model is rotated first (R1, R2), with its norms' gains folded and its head untied."""
 
 
 @functools.cache
@@ -82,16 +107,31 @@ def _reference() -> list[np.ndarray]:
     return [np.asarray(plain(variables, windows[i : i + BATCH, :-1])) for i in range(0, WINDOWS, BATCH)]
 
 
-def measured(recipe: Any, variables: Any = None) -> float:
-    """KL x 1e3 to the float model, of its own weights or of others that compute the same."""
+def measured(recipe: Any, variables: Any = None, rotate: bool = False) -> float:
+    """KL x 1e3 to the float model, of its own weights or of others that compute the same; `rotate`: R1 and R2 first."""
     found, own, windows = model()
     variables = own if variables is None else variables
+    if rotate:
+        found, variables = rotated(found, variables)
     qm = jqopt.quantize_model(found, recipe, params=variables, batches=calibration())
     total = sum(
         float(divergence(reference, qm(windows[i * BATCH : (i + 1) * BATCH, :-1])))
         for i, reference in enumerate(_reference())
     )
     return 1e3 * total / (WINDOWS * (LENGTH - 1))
+
+
+def rotated(found: Any, variables: Any) -> tuple[Any, Any]:
+    """(model, variables) with a head of its own, gains folded, residual stream and value heads rotated: they compute
+    the same."""
+    config, variables = untie(found.config, variables)
+    found = found.clone(config=config)
+    graph = jqopt.trace(found, variables, model()[2][:1, :-1])
+    for change in (
+        transforms.fold_norms(graph), transforms.rotate_residual(graph, seed=0), transforms.rotate_values(graph, seed=0)
+    ):  # fmt: skip
+        variables = change(variables)
+    return found, variables
 
 
 def with_outliers(seed: int = 0, part: float = 0.02) -> Any:
@@ -142,8 +182,9 @@ def main(flags: list[str] | None = None) -> None:
     outliers = None if args.natural else with_outliers()
     print(f"{'recipe':<28}{'natural':>10}{'outliers':>10}   (KL x 1e3)")
     for name, recipe in chosen.items():
-        other = "" if outliers is None else f"{measured(recipe, outliers):.2f}"
-        print(f"{name:<28}{measured(recipe):>10.2f}{other:>10}", flush=True)
+        turn = name in ROTATED
+        other = "" if outliers is None else f"{measured(recipe, outliers, turn):.2f}"
+        print(f"{name:<28}{measured(recipe, rotate=turn):>10.2f}{other:>10}", flush=True)
 
 
 if __name__ == "__main__":

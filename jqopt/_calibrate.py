@@ -83,10 +83,13 @@ def described(plan: Plan, memory: int | None = None) -> str:
         return "needs no data"
     rounds = passes(plan, memory)
     whole, most = (f(sum(map(nbytes, units)) for units in rounds or [()]) for f in (sum, max))
+    training = next((u.algorithm.training for u in plan.units if u.algorithm.training is not None), None)
+    then = "" if training is None else f"; then {training.steps} steps of training on the batches"
     if plan.recipe.layerwise:
-        return "layer by layer, in one run through the model, after the scales of inputs"
+        return f"layer by layer, in one run through the model, after the scales of inputs{then}"
     held = "" if len(rounds) < 2 else f", at most {most:,} at a time"
-    return f"{max(len(rounds), 1)} pass{'es' * (len(rounds) > 1)} over the data; statistics of {whole:,} bytes{held}"
+    count = f"{max(len(rounds), 1)} pass{'es' * (len(rounds) > 1)}"
+    return f"{count} over the data; statistics of {whole:,} bytes{held}{then}"
 
 
 class Observer(Sited):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import jqopt
-from jqopt import _calibrate
+from jqopt import _calibrate, _distill
 from jqopt._calibrate import as_call
 from jqopt._cli_data import Data, random_batches
 from jqopt._cli_models import RANDOM, Loaded
@@ -60,7 +60,8 @@ def quantize(loaded: Loaded, recipe: Any, example: Any, feed: Feed | None, memor
     feed = _needed(plan, feed)
     loaded = loaded.with_weights()
     tree, stats, done = loaded.tree, None, list[str]()
-    several = feed is not None and (bool(plan.recipe.layerwise) or len(_calibrate.passes(plan, memory)) > 1)
+    whole = bool(plan.recipe.layerwise) or _distill.training_of(plan) is not None
+    several = feed is not None and (whole or len(_calibrate.passes(plan, memory)) > 1)
     if several:
         note(f"calibration: {_calibrate.described(plan, memory)}")
     if feed is not None and not several:

@@ -392,7 +392,7 @@ def _find_scales(
     tile_amax: Array | None = None,
 ) -> _Scales:
     if format.zero_point:
-        return _asymmetric_scales(tiles, format)
+        return _asymmetric_scales(tiles, format, tile_range(tiles) if tile_amax is None else tile_amax)
     given = tensor_amax is not None or tensor_scale is not None
     amax = _tile_amax(tiles) if tile_amax is None else tile_amax
     if format.scale.name == "e8m0":
@@ -450,10 +450,15 @@ def _per_matrix(x: Array, tiles: Array) -> Array:
     return lax.broadcast_in_dim(x, tiles.shape, tuple(range(x.ndim)))
 
 
-def _asymmetric_scales(tiles: Array, format: Format) -> _Scales:
-    """Scales and zero points of unsigned integers; the range always holds 0, so that 0 is exact."""
-    low = jnp.min(tiles, axis=(-3, -1), initial=0)
-    high = jnp.max(tiles, axis=(-3, -1), initial=0)
+def tile_range(tiles: Array) -> Array:
+    """The ends of each tile's range [..., rows, cols, 2]; it always holds 0, so that 0 is exact."""
+    low, high = jnp.min(tiles, axis=(-3, -1), initial=0), jnp.max(tiles, axis=(-3, -1), initial=0)
+    return jnp.stack([low, high], -1)
+
+
+def _asymmetric_scales(tiles: Array, format: Format, ends: Array) -> _Scales:
+    """Scales and zero points of unsigned integers, from the ends of each tile's range [..., rows, cols, 2]."""
+    low, high = ends[..., 0], ends[..., 1]
     scale = _safe(divide(high - low, format.element.max))
     scale = jnp.where(jnp.isnan(amax_of(tiles, (-3, -1))), jnp.nan, scale)
     zero_point = encode(divide(-low, scale), format.element)
@@ -477,7 +482,7 @@ def quantize_matrix(
 
     `tensor_amax` or `tensor_scale`, [...] float32: an amax (or the scale made from it by `scale_from_amax`) found
     elsewhere, for one scale a tensor or the global scale of nvfp4; larger values then saturate. `tile_amax`
-    [..., rows, cols] takes the place of each tile's own amax.
+    [..., rows, cols] takes the place of each tile's own amax; with zero points [..., rows, cols, 2] that of its range.
 
     Raises:
         UnsupportedError: the format cannot have this granularity, or has no per-tensor scale to give.
@@ -490,11 +495,11 @@ def quantize_matrix(
         codes = encode(scaled, format.element)
     data = from_tiles(codes, *x.shape[-2:])
     data = pack(data, format.element.bits) if packed else data
-    return Codes(data, _stored(scales.raw, format), scales.global_scale, scales.zero_point)
+    return Codes(data, encode_scale(scales.raw, format), scales.global_scale, scales.zero_point)
 
 
-def _stored(scale: Array, format: Format) -> Array:
-    """Scales as they are stored; an e4m3 here is already rounded."""
+def encode_scale(scale: Array, format: Format) -> Array:
+    """Scales as they are stored, the inverse of `decode_scale`; of e8m0 it takes the bits."""
     if format.scale.name == "e8m0":
         return scale.astype(jnp.uint8)
     return encode(scale, E4M3) if format.scale.name == "e4m3" else scale

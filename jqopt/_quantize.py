@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jqopt import (
     _attention_ops,
     _calibrate,
+    _distill,
     _layerwise,
     _leaves,
     _numerics,
@@ -66,7 +67,7 @@ def quantize(
         kwargs: keywords for every call of the model, with `batches`.
 
     Raises:
-        CalibrationError: the plan needs statistics and got none (or not of every site).
+        CalibrationError: the plan needs statistics and got none (or not of every site), or batches and got none.
         UnsupportedError: a weight holds NaN or inf; the message names it.
         PlanError: params aren't those of the plan.
     """
@@ -81,10 +82,18 @@ def quantize(
             f"recipe {plan.recipe.name!r} says `layerwise: true`: statistics are of what quantized layers give, so "
             "jqopt.quantize gathers them itself; write jqopt.quantize(plan, params, batches=batches)"
         )
+    trains = _distill.training_of(plan) is not None
+    if trains and batches is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name!r} has the step `distill`, which trains on the batches themselves; write "
+            "jqopt.quantize(plan, params, batches=batches)"
+        )
     _check_input(plan, found, stats, batches)
     work, done = _Work(plan, found), []
+    batches = list(batches) if trains and batches is not None and iter(batches) is batches else batches
     if plan.recipe.layerwise and plan.needs_data:
-        return _layer_by_layer(plan, params, work, batches, memory, progress, kwargs)
+        quant = _layer_by_layer(plan, params, work, batches, memory, progress, kwargs)
+        return quant if not trains or batches is None else _distill.distill(plan, quant, params, batches, **kwargs)
     free = [u for u in plan.units if not u.needs_data]
     rounds = _calibrate.passes(plan, memory) if batches is not None else [tuple(u for u in plan.units if u.needs_data)]
     rounds, attention = rounds or [()], {} if batches is not None else _attention_ops.solve(plan.attention, stats)
@@ -104,17 +113,20 @@ def quantize(
             for path in unit.paths:
                 before = found[path]
                 uses[id(before)] -= 1
-                if donate and last and isinstance(before, jax.Array) and not uses[id(before)]:
+                if donate and last and not trains and isinstance(before, jax.Array) and not uses[id(before)]:
                     jax.block_until_ready(work.leaves[path])
                     before.delete()
                 if progress is not None:
                     progress(path)
-    if donate:
-        _delete([found[p] for p in done], uses)
     now = [leaf if p is None else work.leaves[p] for p, leaf in zip(paths, leaves, strict=True)]
     if batches is not None and not plan.needs_batches:
         attention = _attention_ops.solve(plan.attention, None)
-    return Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
+    quant = Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
+    if trains and batches is not None:
+        quant = _distill.distill(plan, quant, params, batches, **kwargs)
+    if donate:
+        _delete([found[p] for p in done], uses)
+    return quant
 
 
 def _layer_by_layer(

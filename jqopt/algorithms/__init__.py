@@ -21,6 +21,7 @@ from jqopt.algorithms._base import (
 )
 from jqopt.algorithms._statistics import AMAX, CHANNELS, MOMENTS, ROWS
 from jqopt.algorithms.awq import awq, awq_full
+from jqopt.algorithms.distill import Training, distill
 from jqopt.algorithms.gptq import gptq
 from jqopt.algorithms.hadamard import hadamard
 from jqopt.algorithms.hqq import hqq
@@ -37,6 +38,7 @@ TABLE: dict[str, Callable[..., Algorithm]] = {
     "awq": awq,
     "awq_clip": awq_clip,
     "awq_full": awq_full,
+    "distill": distill,
     "four_over_six": four_over_six,
     "gptq": gptq,
     "hadamard": hadamard,
@@ -80,6 +82,7 @@ def get(name: str, more: Table | None = None, /, **options: Any) -> Algorithm:
 
 __all__ = [
     "AMAX", "CHANNELS", "CROSS", "MOMENTS", "ROWS", "Algorithm", "InputQuantizer", "Problem", "Statistic", "Task",
-    "awq", "awq_clip", "awq_full", "chain", "four_over_six", "get", "gptq", "hadamard", "hqq", "local_hessian", "lsq",
-    "max", "mse", "names", "qep", "rank_at", "rounded", "scaled", "smoothquant", "svdquant", "task",
+    "Training", "awq", "awq_clip", "awq_full", "chain", "distill", "four_over_six", "get", "gptq", "hadamard", "hqq",
+    "local_hessian", "lsq", "max", "mse", "names", "qep", "rank_at", "rounded", "scaled", "smoothquant",
+    "svdquant", "task",
 ]  # fmt: skip

@@ -70,7 +70,8 @@ class Task:
     stats: states of the statistics, by name, of the activation as the first step sees it.
     amax: each [e] or None: the largest absolute weight that a tensor-level scale is made from, where there is one.
     ties: [k] int32 or None: channels with the same number must have the same `pre_scale`.
-    tiles: each [e, rows, cols] or None: what each tile's scale is made from, in place of its largest value.
+    tiles: each [e, rows, cols] or None: what each tile's scale is made from, in place of its largest value. With zero
+        points [e, rows, cols, 2]: the ends of its range, at most 0 and at least 0.
     input_amax: [] or None: what the static input scale is made from, in place of the largest value seen.
     low_rank: each (a [e, r, k], b [e, n, r]) or None: y has a further part, (x * pre_scale) a^T b^T.
     codes: each None until a step has rounded.
@@ -142,6 +143,7 @@ class Algorithm(NamedTuple):
     two_streams: bool = False  # does it compare the float model's activations with the quantized prefix'?
     refuses: Callable[[Problem, int, int], str] = lambda problem, n, k: ""  # why it can't be had for a weight [n, k]
     chained: tuple[Any, ...] = ()  # the algorithms of a chain
+    training: Any = None  # how the whole model is trained once all its weights are solved (see `distill`)
 
     @property
     def parts(self) -> tuple[Algorithm, ...]:
@@ -173,8 +175,12 @@ STAGES: Mapping[str, str] = {
     "low_rank": "takes a low-rank part out of the weights",
     "range": "chooses the weights' scales",
     "rounding": "rounds the weights",
+    "model": "trains the whole model",
 }
 """What a step may change, in the order in which steps must stand."""
+
+ONCE = ("rounding", "model")
+"""Stages of which a list can have one step only."""
 
 
 def chain(*algorithms: Algorithm) -> Algorithm:
@@ -190,11 +196,11 @@ def chain(*algorithms: Algorithm) -> Algorithm:
     algorithms = tuple(part for a in algorithms for part in a.parts)
     order = list(STAGES)
     for before, after in itertools.pairwise(algorithms):
-        if order.index(after.stage) < order.index(before.stage) or before.stage == after.stage == "rounding":
+        if order.index(after.stage) < order.index(before.stage) or before.stage == after.stage in ONCE:
             raise PlanError(
                 f"{after.name} {STAGES[after.stage]}, so it can't follow {before.name}, which {STAGES[before.stage]}; "
                 f"write [{', '.join(a.name for a in sorted(algorithms, key=lambda a: order.index(a.stage)))}]"
-                + (", with one that rounds" if before.stage == after.stage else "")
+                + (f", with one that {STAGES[after.stage]}" if before.stage == after.stage else "")
             )
     statistics = {s.name: s for a in algorithms for s in a.statistics}
 
@@ -205,7 +211,7 @@ def chain(*algorithms: Algorithm) -> Algorithm:
         "+".join(a.name for a in algorithms), solve, algorithms[-1].stage, tuple(statistics.values()),
         next((a.rotation for a in algorithms if a.rotation), 0), sum(a.rank for a in algorithms),
         any(a.scales_input for a in algorithms), any(a.two_streams for a in algorithms),
-        chained=algorithms,
+        chained=algorithms, training=next((a.training for a in algorithms if a.training is not None), None),
     )  # fmt: skip
 
 

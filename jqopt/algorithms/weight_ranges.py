@@ -35,9 +35,8 @@ def factors(format: Format) -> np.ndarray:
 def mse() -> Algorithm:
     """Scales that minimize the squared rounding error of each tile; the largest value's own is among the candidates.
 
-    So the error is never larger than that of `max`. It needs no data: activations get the scales of `max`. Formats
-    with zero points keep the scales of `max`, since a tile's amax says too little of them. One scale for a tensor is
-    chosen for all the weights that share it.
+    So the error is never larger than that of `max`. It needs no data: activations get the scales of `max`. With zero
+    points both ends of a tile's range are chosen. One scale for a tensor is chosen for all the weights that share it.
 
     Source: the `mse` calibrator of ModelOpt, whose candidates leave out 1; for nvfp4 its sweep over e4m3 scales.
     """
@@ -104,28 +103,44 @@ def tried(task: Task) -> Task:
 
 
 def searched(task: Task, candidates: np.ndarray, error: _Error) -> Task:
-    """The task with the candidate (a factor of its largest absolute value; ties keep the earlier) of least error."""
+    """The task with the candidate (a factor of its largest absolute value; ties keep the earlier) of least error.
+
+    With zero points candidates are `pairs`, of the two ends of the range.
+    """
     p = task.problem
     if p.format.zero_point:
-        return task
-    if p.granularity == "tensor" and not p.format.global_scale:
+        candidates = pairs(candidates)
+    elif p.granularity == "tensor" and not p.format.global_scale:
         return task.replace(amax=_tensor_level(task, candidates, error))
     return task.replace(tiles=tuple(_best(task, i, candidates, error) for i in range(len(task.weights))))
 
 
+SIDES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+
+
+def pairs(candidates: np.ndarray) -> np.ndarray:
+    """[c, 2] factors of a range's lower and upper end: equal ones that don't widen it; of many, also unequal ones."""
+    shrunk = [float(f) for f in candidates if f <= 1]
+    sides = [f for f in SIDES if f >= min(shrunk)] if len(candidates) > 8 else []
+    unequal = [(a, b) for a in sides for b in sides if a != b]
+    return np.asarray([*((f, f) for f in shrunk), *unequal], np.float32)
+
+
 def _best(task: Task, i: int, candidates: np.ndarray, error: _Error) -> Array:
-    w = task.weights[i]
-    n, k = w.shape[-2:]
-    tile = task.problem.format.tile_for(n, k, task.problem.granularity)
-    own = amax_of(_numerics.to_tiles(w, tile), (-3, -1))
+    w, p = task.weights[i], task.problem
+    tile = p.format.tile_for(*w.shape[-2:], p.granularity)
+    tiles = _numerics.to_tiles(w, tile)
+    own = _numerics.tile_range(tiles) if p.format.zero_point else amax_of(tiles, (-3, -1))
+    each = lambda x: x.reshape(*x.shape, *[1] * (own.ndim - x.ndim))  # noqa: E731
 
     def candidate(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
-        amax = own * factor
-        wrong = error(qdq(task, i, tile=amax) - w, tile)
+        found = own * factor
+        wrong = error(qdq(task, i, tile=found) - w, tile)
         better = wrong < best[1]
-        return (jnp.where(better, amax, best[0]), jnp.where(better, wrong, best[1])), None
+        return (jnp.where(each(better), found, best[0]), jnp.where(better, wrong, best[1])), None
 
-    (best, _), _ = lax.scan(candidate, (own, jnp.full_like(own, jnp.inf)), jnp.asarray(candidates))
+    least = jnp.full((*w.shape[:-2], *own.shape[1:3]), jnp.inf, jnp.float32)
+    (best, _), _ = lax.scan(candidate, (own, least), jnp.asarray(candidates))
     return best
 
 

@@ -16,8 +16,8 @@ from jqopt import _apply, _ops, _stage
 from jqopt._apply import Executor, Quantized
 from jqopt._plan import Decision, Plan
 from jqopt._qtensor import QTensor
+from jqopt._simulated import products
 from jqopt.errors import PlanError, UnsupportedError
-from jqopt.train._simulated import products
 
 Adapters = dict[str, dict[str, jax.Array]]
 """{parameter path: {"a": [*stack, rank, k], "b": [*stack, n, rank]}}, float32: a plain tree for any optimizer."""

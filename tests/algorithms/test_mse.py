@@ -52,3 +52,20 @@ def test_it_finds_the_clip_of_a_gaussian():
         clip = np.asarray(codes.scale) * format.element.max
         step = 0.025 * float(jnp.abs(w).max())
         assert np.all(np.abs(clip - sigma) < 1.5 * step), (name, clip)
+
+
+def test_both_ends_of_a_range_with_a_zero_point_are_chosen():
+    """Against every pair of ends on a grid, by hand: skewed values with an outlier below."""
+    rng = np.random.default_rng(0)
+    w = rng.gumbel(size=(4, 128)).astype(np.float32)
+    w[:, 5] = -6.0
+    plain, searched = (e.sum(1) for e in both("uint4", jnp.asarray(w)))
+
+    def error(row: np.ndarray, low: float, high: float) -> float:
+        scale = (high - low) / 15
+        zero = np.round(-low / scale)
+        return float(np.square((np.clip(np.round(row / scale) + zero, 0, 15) - zero) * scale - row).sum())
+
+    sides = np.arange(0.5, 1.001, 0.025)
+    best = [min(error(r, a * r.min(), b * r.max()) for a in sides for b in sides) for r in w]
+    assert np.all(np.asarray(best) < plain) and np.all(searched <= 1.02 * np.asarray(best))
