@@ -21,6 +21,8 @@ from jqopt._trace import Site
 from jqopt._view import Atom, View
 from jqopt.errors import PlanError
 
+Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "attention"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,11 @@ def apply(
         PlanError: the plan has no model, the tree isn't the one the plan was made for, or the model at these
             shapes has a site that the plan doesn't know.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"found {type(plan).__name__}, expected a plan: write jqopt.apply(plan)(quant, x); of a quantized model "
+            "jqopt.apply(qm.plan)(qm.quant, x), or qm(x)"
+        )
     if plan.function is None:
         raise PlanError("this plan was read from a file and has no model; load it with jqopt.load(dir, model)")
     return Static(functools.partial(_run, plan, simulate, backend, device))
@@ -145,6 +152,25 @@ def check_paths(plan: Plan, found: Mapping[str, Any]) -> None:
             raise PlanError(
                 f"{path}: found shape {tuple(leaf.shape)}, but the plan was made for {plan.parameters[path].shape}. "
                 "Pass the tree that was traced, or trace and plan again."
+            )
+
+
+def check_values(found: Mapping[str, Any]) -> None:
+    """Parameters that are read must be there.
+
+    Raises:
+        PlanError: naming one that is a shape only, or an array that was deleted.
+    """
+    for path, leaf in found.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise PlanError(
+                f"{path}: found a shape without values. Tracing and planning need no weights; calibrating and "
+                "quantizing do: pass the tree of arrays."
+            )
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+            raise PlanError(
+                f"{path}: the array has been deleted: it was donated, to a jitted function or to jqopt with "
+                "`donate=True`. Load or make the parameters again."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _attention_ops, _hadamard, _jaxpr, _stage
-from jqopt._apply import Sited, check_paths, decided_sites
+from jqopt import _attention_ops, _hadamard, _jaxpr, _stage, _trace
+from jqopt._apply import Sited, check_paths, check_values, decided_sites
 from jqopt._attention import OperandDecision, Product, products
 from jqopt._jaxpr import Address, State
 from jqopt._plan import Plan, Unit
 from jqopt._trace import Site
-from jqopt.errors import CalibrationError
+from jqopt.errors import CalibrationError, TraceError
 
 Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue] (public, but not in the stubs)
 Stats = dict[str, Any]
@@ -180,8 +181,11 @@ def calibrate(
         kwargs: keywords for every call of the model (`train=False`).
 
     Raises:
-        CalibrationError: no batches, a site that no data reached, or NaN or inf at a site (which it names).
-        PlanError: params aren't those of the plan.
+        CalibrationError: no batches, one that the model can't run with (it gives its number), a site that no data
+            reached, or NaN or inf at a site (which it names).
+        PlanError: params aren't those of the plan, or hold no values.
+
+    A site that saw nothing but zeros gets a static scale of 1; a `UserWarning` names it.
     """
     # a copy: each step takes over the buffers of the last; the caller's own stay, and no two leaves share one
     chosen = tuple(u for u in plan.units if u.needs_data) if units is None else tuple(units)
@@ -200,7 +204,11 @@ def calibrate(
         key = ("calibrate", tuple(u.name for u in chosen), bool(operands), key)
         if key not in steps:
             steps[key] = jax.jit(functools.partial(_step, plan, chosen, operands, rebuild), donate_argnums=(0,))
-        state = jax.block_until_ready(steps[key](state, params, arrays))  # one batch in flight, progress that is true
+        try:
+            # one batch in flight: progress that is true
+            state = jax.block_until_ready(steps[key](state, params, arrays))
+        except TraceError as e:
+            raise CalibrationError(f"batch {n}: {e}") from e
         if progress is not None:
             progress(n)
     if n == 0:
@@ -210,6 +218,7 @@ def calibrate(
         )
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         check_stats(plan, state, chosen)
+        _warn_of_zeros(state, chosen)
         _attention_ops.check(operands, state)
     return state
 
@@ -225,9 +234,9 @@ def as_call(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
 
 def _check(plan: Plan, params: Any) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    check_paths(
-        plan, {p: leaf for key, leaf in flat if (p := _stage.parameter_path(plan.function, key, leaf)) is not None}
-    )
+    found = {p: leaf for key, leaf in flat if (p := _stage.parameter_path(plan.function, key, leaf)) is not None}
+    check_paths(plan, found)
+    check_values(found)
 
 
 def _step(
@@ -240,7 +249,7 @@ def _step(
     arrays: list,
 ) -> Stats:
     inputs, kwargs = rebuild(arrays)
-    closed, _, views = _stage.stage(plan.function, params, inputs, kwargs)
+    closed, _, views = _trace.staged(plan.function, params, inputs, kwargs)
     leaves = [*jax.tree.leaves(params), *arrays]
     sites = [*decided_sites(plan, closed, views), *(p for p in products(operands, closed, views) if p[0].key in stats)]
     _, after = _jaxpr.evaluate(closed, leaves, Observer(sites, units), stats)
@@ -268,6 +277,19 @@ def check_stats(plan: Plan, stats: Mapping[str, Any], units: Sequence[Unit] | No
     if bad:
         names = ", ".join(_layers(p, good) for name, good in bad for p in members[name])
         raise CalibrationError(f"the activations at these sites hold NaN or inf: {names}. Look at the batches.")
+
+
+def _warn_of_zeros(stats: Mapping[str, Any], units: Sequence[Unit]) -> None:
+    """Zeros say nothing of the range that a static scale is for."""
+    static = [u for u in units if u.decision.has_static_input]
+    host = jax.device_get({u.name: stats[u.name]["amax"].amax for u in static})
+    named = [_layers(p, host[u.name] != 0) for u in static if not np.all(host[u.name]) for p in u.paths]
+    if named:
+        warnings.warn(
+            f"the activations at these sites were zero in all batches: {', '.join(named)}. Their static scale is 1, a "
+            "guess. Calibrate with other data, or write `input: {scaling: dynamic}` or `keep: true` for them.",
+            stacklevel=3,
+        )
 
 
 def _layers(path: str, good: np.ndarray) -> str:

@@ -120,7 +120,9 @@ def inner_jaxpr(eqn: Any) -> Any | None:
 
 
 OPAQUE = frozenset({"pallas_call", "custom_call", "ffi_call", "triton_kernel_call", "mosaic_gpu", "pure_callback"})
-COMBINERS = frozenset({"reduce", "reduce_window"})  # their jaxpr is of scalars: it says how two elements become one
+_SCATTERS = {f"scatter{how}" for how in ("", *(f"{s}{w}" for s in "-_" for w in ("add", "mul", "min", "max", "sub")))}
+COMBINERS = frozenset({"reduce", "reduce_window", *_SCATTERS})
+"""Their jaxpr is of scalars: it says how two elements become one."""
 REMAT = frozenset({"remat", "remat2", "checkpoint"})
 
 

@@ -150,7 +150,7 @@ def quantize_model(
     Args:
         model: Linen module, NNX module, or function of (params, *inputs).
         recipe: a shipped recipe's name, a path, or a dict.
-        params: the variables dict (Linen) or parameter tree (function); NNX modules hold their own.
+        params: the variables dict (Linen) or parameter tree (function); None for NNX modules, which hold their own.
         batches: calibration data: an iterable of inputs (array, tuple, or dict of keywords). The first also gives
             the shapes to trace with.
         inputs: shapes to trace with when no calibration is needed: one batch of arrays or ShapeDtypeStructs.
@@ -174,8 +174,7 @@ def quantize_model(
             "the recipe needs no calibration: the model is traced with them."
         )
     args, keywords = as_call(example, kwargs)
-    lead = () if isinstance(model, flax_nnx.Module) else (params,)
-    graph = trace(model, *lead, *args, **keywords)
+    graph = _trace.trace_function(function_of(model, params), args, keywords)
     made = plan(recipe, graph, algorithms=algorithms)
     tree = graph.function.tree(model if isinstance(model, flax_nnx.Module) else params)
     tell = progress or (lambda verb, what: None)

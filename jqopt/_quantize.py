@@ -26,7 +26,7 @@ from jqopt import (
     _view,
     algorithms,
 )
-from jqopt._apply import Quantized, check_paths
+from jqopt._apply import Quantized, check_paths, check_values
 from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
 from jqopt._numerics import amax_of
@@ -77,6 +77,7 @@ def quantize(
     leaves = [leaf for _, leaf in flat]
     found = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p is not None}
     check_paths(plan, found)
+    check_values(found)
     if plan.recipe.layerwise and plan.needs_data and batches is None:
         raise CalibrationError(
             f"recipe {plan.recipe.name!r} says `layerwise: true`: statistics are of what quantized layers give, so "

@@ -413,7 +413,11 @@ class _Walk:
         sides = [0] if op == "gather" else [1, 0]
         weight = next((i for i in sides if params_of(ins[i]) and isinstance(ins[1 - i], Act)), None)
         if weight is None:
-            return op != "gather" and self._no_weight(op, ins[:2], address, scope)
+            return (
+                self._fixed_rows(eqn, ins, address, scope)
+                if op == "gather"
+                else self._no_weight(op, ins[:2], address, scope)
+            )
         value, other = ins[weight], ins[1 - weight]
         parts, axis = (value.parts, value.axis) if isinstance(value, Joined) else ((value,), None)
         for part, v in enumerate(parts):
@@ -425,6 +429,13 @@ class _Walk:
                 found = dataclasses.replace(site, part=part, activation=act, input_shape=shape, input_axes=axes)
                 self.sites.append(found)
         return True
+
+    def _fixed_rows(self, eqn: Any, ins: list, address: Address, scope: str) -> bool:
+        """Records a lookup at positions that don't depend on the inputs (a table of positions); it is no site."""
+        params = params_of(ins[0])
+        if params and ins[1] == CONST and not isinstance(self.propagate(eqn, ins)[0], View):
+            self._refuse("gather", params, address, scope, "its rows are picked at constant positions")
+        return False
 
     def _no_weight(self, op: str, ins: list, address: Address, scope: str) -> bool:
         """Records a product neither of whose operands is a rearranged parameter; False if only parameters meet."""
@@ -605,20 +616,30 @@ def _shapes(inputs: tuple, kwargs: dict) -> str:
         return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
 
     args = [str(jax.tree.map(word, x)).replace("'", "") for x in inputs]
-    return ", ".join([*args, *(f"{k}={jax.tree.map(word, v)}" for k, v in kwargs.items())]) or "none"
+    text = ", ".join([*args, *(f"{k}={jax.tree.map(word, v)}" for k, v in kwargs.items())]) or "none"
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
-    """The graph of a model at the shapes of `inputs`: nothing is computed, no weight needs to be in memory."""
+def staged(function: Function, params: Any, inputs: tuple, kwargs: dict, *, anew: bool = False) -> tuple:
+    """What `stage` gives.
+
+    Raises:
+        TraceError: the model can't run with these inputs; with their shapes, and what the model said.
+    """
     try:
-        with function.watch() as modules:
-            closed, _, views = stage(function, function.params, inputs, kwargs, anew=True)  # `watch` sees it happen
+        return stage(function, params, inputs, kwargs, anew=anew)
     except JqoptError:
         raise
     except Exception as e:
         raise TraceError(
             f"{function.name} can't run with these inputs: {_shapes(inputs, kwargs)}. {type(e).__name__}: {e}"
         ) from e
+
+
+def trace_function(function: Function, inputs: tuple, kwargs: dict) -> Graph:
+    """The graph of a model at the shapes of `inputs`: nothing is computed, no weight needs to be in memory."""
+    with function.watch() as modules:
+        closed, _, views = staged(function, function.params, inputs, kwargs, anew=True)  # `watch` sees it happen
     sites, opaque = walk(closed, views, modules)
     flat, _ = jax.tree_util.tree_flatten_with_path(function.params)
     parameters = {

@@ -1,4 +1,4 @@
-"""36 plausible mistakes: none is silent, and each error names the rule, its file, and the site it is about."""
+"""Plausible mistakes, 36 of peers and more: none is silent, and each error names the rule, its file, and the site."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class MLP(nn.Module):
 X = arrays.normal(0, (4, 64))
 MODEL = MLP()
 VARIABLES = MODEL.init(jax.random.key(1), X)
+BIASED = jax.tree.map(lambda x: x + 1 if x.ndim == 1 else x, VARIABLES)
 INT8 = "weight: int8, input: int8"
 
 
@@ -241,3 +242,52 @@ def test_int8_checkpoint_for_an_int4_plan():
     )
     with pytest.raises(PlanError, match="found int8, but the plan quantizes it to int4"):
         jqopt.apply(other)(quant, X)
+
+
+# ---------------------------------------------------------------------------------------- mistakes of our own users
+
+
+@pytest.mark.parametrize(("cls", "params"), [(MLP, VARIABLES), (Small, None)])
+def test_a_class_in_place_of_a_model(cls, params):
+    with pytest.raises(TraceError, match=rf"the class {cls.__name__}, expected an instance"):
+        jqopt.quantize_model(cls, INT8_STATIC, params=params, batches=[X])
+
+
+def test_parameters_beside_an_nnx_module():
+    with pytest.raises(TraceError, match="Small is an NNX module and holds its own parameters"):
+        jqopt.quantize_model(Small(nnx.Rngs(0)), INT8_STATIC, params=VARIABLES, batches=[X])
+
+
+def test_a_batch_of_another_width():
+    plan, _ = staged()
+    with pytest.raises(CalibrationError, match=r"batch 2: MLP can't run with these inputs: float32\[4, 32\]"):
+        jqopt.calibrate(plan, VARIABLES, [X, X[:, :32]])
+
+
+def test_shapes_in_place_of_parameters():
+    plan, stats = staged()
+    abstract = jax.eval_shape(lambda: VARIABLES)
+    for verb in (lambda: jqopt.calibrate(plan, abstract, [X]), lambda: jqopt.quantize(plan, abstract, stats)):
+        with pytest.raises(PlanError, match="down/bias: found a shape without values"):
+            verb()
+
+
+def test_donated_parameters():
+    plan, stats = staged()
+    gone = jax.tree.map(jnp.array, VARIABLES)
+    gone["params"]["up"]["kernel"].delete()
+    for verb in (lambda: jqopt.calibrate(plan, gone, [X]), lambda: jqopt.quantize(plan, gone, stats)):
+        with pytest.raises(PlanError, match="up/kernel: the array has been deleted"):
+            verb()
+
+
+def test_a_quantized_model_in_place_of_its_plan():
+    with pytest.raises(PlanError, match=r"found QuantizedModel.*jqopt.apply\(qm.plan\)"):
+        jqopt.apply(make(INT8_STATIC))
+
+
+def test_calibrating_with_zeros_is_told():
+    """Their range is unknown: int8 with a scale of 1 would round what comes later to whole numbers."""
+    plan, _ = staged()
+    with pytest.warns(UserWarning, match=r"zero in all batches: up/kernel\. .*scaling: dynamic"):
+        jqopt.calibrate(plan, BIASED, [jnp.zeros_like(X)])

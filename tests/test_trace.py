@@ -242,3 +242,18 @@ def test_a_reduction_with_a_combiner_of_its_own_is_no_call():
     qm = jqopt.quantize_model(model, {"rules": [{"match": "w", "weight": "int8"}]}, params=params, inputs=x)
     for got, want in zip(qm(x), model(params, x), strict=True):
         assert float(jnp.abs(got - want).max() / jnp.abs(want).max()) < 0.03
+
+
+def test_a_graph_network_with_a_table_of_positions_has_nothing_hidden():
+    """Messages are summed by a scatter, which is no opaque call; rows at constant positions are told with a reason."""
+
+    def fn(P, x):
+        rows = x + P["positions"][np.array([3, 1, 0])]
+        return jax.ops.segment_sum((rows @ P["w"])[np.array([0, 1, 1])], np.array([2, 0, 1]), 3)
+
+    params = {"w": arrays.normal(0, (8, 4)), "positions": arrays.normal(1, (5, 8))}
+    graph = jqopt.trace(fn, params, arrays.normal(2, (3, 8)))
+    assert not graph.opaque
+    assert {s.path: s.reason for s in graph.sites} == {
+        "w": None, "positions": "its rows are picked at constant positions",
+    }  # fmt: skip

@@ -31,6 +31,8 @@ def function_of(model: Any, params: Any) -> Function:
         return linen.function_of(model, params)
     if isinstance(model, flax_nnx.Module):
         return nnx.function_of(model, params)
+    if isinstance(model, type) and issubclass(model, flax_linen.Module | flax_nnx.Module):
+        raise TraceError(f"found the class {model.__name__}, expected an instance of it: write {model.__name__}(...)")
     if callable(model):
         return _plain(model, params)
     raise TraceError(
