@@ -14,9 +14,10 @@ def main() -> None:
     flags = ["--quick"] if parser.parse_args().quick else []
     costs.main(flags)
     print()
-    kernels.main(flags)
+    failed = kernels.main(flags)
     print()
     algorithms.main(flags)
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def pairs(candidates: np.ndarray) -> np.ndarray:
 
 def _best(task: Task, i: int, candidates: np.ndarray, error: _Error) -> Array:
     w, p = task.weights[i], task.problem
-    tile = p.format.tile_for(*w.shape[-2:], p.granularity)
+    n, k = w.shape[-2:]
+    tile = p.format.tile_for(n, k, p.granularity)
     tiles = _numerics.to_tiles(w, tile)
     own = _numerics.tile_range(tiles) if p.format.zero_point else amax_of(tiles, (-3, -1))
     each = lambda x: x.reshape(*x.shape, *[1] * (own.ndim - x.ndim))  # noqa: E731
