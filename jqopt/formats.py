@@ -79,10 +79,15 @@ class Format:
         """
         pair = tuple(block) if isinstance(block, list | tuple) else block
         sizes = pair if isinstance(pair, tuple) else (pair,) if pair is not None else ()
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or len(sizes) > 2 or pair == ():
+        if (
+            not all(isinstance(size, int) and 0 < size <= LARGEST_BLOCK for size in sizes)
+            or len(sizes) > 2
+            or pair == ()
+        ):
             raise UnsupportedError(
                 f"format {self.name!r}: block {block!r} is not a block size; "
-                "write a positive whole number, or a pair [rows, columns]"
+                f"write a whole number from 1 to {LARGEST_BLOCK}, or a pair [rows, columns] of them "
+                "(one scale for a whole row is granularity 'channel', for a whole matrix 'tensor')"
             )
         if pair is None and self.scale.name != "float32":
             raise UnsupportedError(
@@ -134,6 +139,8 @@ def ceil_div(size, part):
 
 
 GRANULARITIES = ("tensor", "channel", "token", "block")
+LARGEST_BLOCK = 1 << 16
+"""A short block is padded to its whole length while it is quantized: a larger one would fill the memory."""
 
 # Values of the 4-bit NormalFloat: quantiles of N(0, 1) scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 _NF4 = (

@@ -76,8 +76,9 @@ def per_block(w: jax.Array, along: jax.Array, b: int, op) -> jax.Array:
     rows, c = w.shape
     if along.shape[1] == 1:
         return op(w, along)
-    if c % b == 0:
-        return op(w.reshape(rows, c // b, b), along[:, :, None]).reshape(rows, c)
+    if c % b == 0:  # one broadcast: jnp would make three steps of it for each weight, all of which XLA must compile
+        each = lax.broadcast_in_dim(along, (along.shape[0], c // b, b), (0, 1))
+        return op(w.reshape(rows, c // b, b), each).reshape(rows, c)
     return op(w, jnp.repeat(along, b, axis=1)[:, :c])
 
 
