@@ -49,7 +49,7 @@ def test_other_operations(tmp_path):
 
 
 def test_reasons_are_for_the_asked_device(tmp_path):
-    model, x = nn.Dense(96), jnp.zeros((4, 64))
+    model, x = nn.Dense(96), jnp.ones((4, 64))
     variables = model.init(jax.random.key(1), x)
     jqopt.save(tmp_path / "q", jqopt.quantize_model(model, "int8", params=variables, batches=[x]))
     for device in ("cpu", "gpu", "tpu", "cuda:90", "cuda:100"):
