@@ -351,4 +351,10 @@ def test_bits_of_every_family(family, tmp_path):
     qm = jqopt.quantize_model(module, recipe, params=variables, inputs=jax.ShapeDtypeStruct((1, 8), jnp.int32))
     jqopt.export(qm, tmp_path / "out", "stablehlo", length=(1, 32))  # GPT-2 has 32 positions
     x = np.random.default_rng(0).integers(0, 40, (4, 30)).astype(np.int32)
-    np.testing.assert_array_equal(jqopt.artifacts.load(tmp_path / "out")(x), qm(x))
+    assert qm.plan.graph is not None
+    got, want = jqopt.artifacts.load(tmp_path / "out")(x), qm(x)
+    if any(site.op == "ragged_dot" for site in qm.plan.graph.sites):
+        # rows of an expert are multiplied in tiles: even one model sums in another order for one sequence than for four
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(got, want)
