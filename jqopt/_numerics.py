@@ -47,6 +47,11 @@ def divide(x: Array | float, y: Array | float) -> Array:
     return lax.div(x, lax.select_n(lax.ne(x, x), y, lax.full_like(y, 1.0)))
 
 
+def _over(x: Array, y: Array) -> Array:
+    """`divide` in half the steps, where nobody asks for the gradient of y: a clamp to [y, y] depends on x formally."""
+    return lax.div(x, lax.clamp(y, x, y))
+
+
 def written(x: Array) -> Array:
     """x in float32, computed once and written, where XLA would compute it again in each kernel that reads it.
 
@@ -54,7 +59,7 @@ def written(x: Array) -> Array:
     of a quantizer hold nothing but the quantizer, and are compiled once for all sites of a shape.
     """
     x = x.astype(jnp.float32)
-    return lax.div(x, lax.select_n(lax.ne(x, x), lax.full_like(x, 1.0), x))
+    return _over(x, lax.full_like(x, 1.0))
 
 
 # Elements: one code for one value -----------------------------------------------------------------------------------
@@ -89,8 +94,11 @@ def decode(codes: Array, element: Element) -> Array:
     return _decode_float(codes, element)
 
 
-def round_to(x: Array, element: Element, dither: Array | None = None) -> Array:
-    """decode(encode(x, dither)), bit for bit, without going through the codes; but NaN stays NaN, unless dithered."""
+def round_to(x: Array, element: Element, dither: Array | None = None, exact: bool = True) -> Array:
+    """decode(encode(x, dither)), bit for bit, without going through the codes; but NaN stays NaN, unless dithered.
+
+    `exact=False`: a zero has the sign of x, in every element.
+    """
     if element.kind == "int":
         return jnp.clip(jnp.round(x), element.min, element.max).astype(jnp.int32).astype(jnp.float32)
     if element.kind == "table":
@@ -100,16 +108,17 @@ def round_to(x: Array, element: Element, dither: Array | None = None) -> Array:
         rounded = _round_magnitude(_magnitude(bits, element), element, dither)
         return from_bits(lax.bitwise_or(to_bits(rounded), _sign(bits, element)))
     most = np.float32(element.max)
-    return _round_float(lax.clamp(-most, x if x.dtype == jnp.float32 else x.astype(jnp.float32), most), element)
+    x = lax.clamp(-most, x if x.dtype == jnp.float32 else x.astype(jnp.float32), most)
+    return _round_float(x, element, signed_zero=element.signed_zero or not exact)
 
 
-def _round_float(x: Array, element: Element) -> Array:
+def _round_float(x: Array, element: Element, signed_zero: bool, magnitude: Array | None = None) -> Array:
     """float32 within the element's range, rounded to its values: by mantissa, below the normal ones by their step."""
     normal, bits = 2.0 ** (1 - element.bias), element.mantissa_bits
     steps = lax.mul(x, np.float32(2**bits / normal))
     small = lax.mul(lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN), np.float32(normal / 2**bits))
-    magnitude = lax.abs(x)
-    if not element.signed_zero:
+    magnitude = lax.abs(x) if magnitude is None else magnitude
+    if not signed_zero:
         small = lax.select_n(lax.lt(magnitude, np.float32(2.0**-126)), small, lax.abs(small))
     return lax.select_n(lax.lt(magnitude, np.float32(normal)), lax.reduce_precision(x, 8, bits), small)
 
@@ -301,6 +310,12 @@ def amax_of(x: Array, axis: tuple[int, ...] | None = None) -> Array:
     return from_bits(lax.reduce_max(lax.bitwise_and(to_bits(x), np.uint32(_MAGNITUDE)), axes))
 
 
+def _passing_amax(tiles: Array) -> Array:
+    """As `_tile_amax`, but a NaN may be passed over: XLA on CPU has a routine for maxima of floats, which costs nothing
+    to compile; for maxima of bits LLVM must make one."""
+    return lax.reduce_max(lax.abs(tiles), (tiles.ndim - 3, tiles.ndim - 1))
+
+
 _LANES = 8
 
 
@@ -344,23 +359,24 @@ def _safe(scale: Array) -> Array:
     return jnp.where(scale < TINY, 1.0, scale)
 
 
-def exponent_from_amax(amax: Array, largest: float) -> Array:
+def exponent_from_amax(amax: Array, largest: float, exact: bool = True) -> Array:
     """e8m0 bits (e + 127) of the smallest power of two not below amax / largest; 0 for 0, 127 for inf, 255 for NaN.
 
     As uint32. This rounds the exponent up (as ModelOpt and TransformerEngine do), so that no element saturates; the
-    OCP text rounds it down.
+    OCP text rounds it down. A quotient that isn't a normal number counts as 0.
+
+    `largest` = m * 2^p with 1 <= m < 2: the quotient's exponent is amax's less p, and one more where amax's mantissa is
+    above m, which adding what m lacks to 2 carries into the exponent. Without `exact`, NaN gives anything.
     """
-    ratio = to_bits(divide(amax, lax.full_like(amax, largest)))
-    exponent = _ceil_exponent(ratio)
-    known = lax.select_n(
-        lax.eq(ratio, np.uint32(_INFINITY)), lax.min(exponent, np.uint32(_E8M0_NAN)), lax.full_like(exponent, 127)
-    )
-    return lax.select_n(lax.lt(ratio, np.uint32(_SMALLEST_NORMAL)), known, lax.full_like(known, 0))
-
-
-def _ceil_exponent(bits: Array) -> Array:
-    """Exponent bits of the smallest power of two not below a float32 that isn't negative, of which these are bits."""
-    return lax.shift_right_logical(lax.add(bits, np.uint32(0x7FFFFF)), np.uint32(23))  # any mantissa carries
+    mantissa, power = np.frexp(np.float32(largest))  # mantissa * 2^power, mantissa in [1/2, 1)
+    up = _word(2.0) - _word(2 * mantissa) - np.uint32(1)
+    bits = to_bits(amax)
+    exponent = lax.sub(lax.shift_right_logical(lax.add(bits, up), np.uint32(23)), np.uint32(power - 1))
+    exponent = lax.select_n(lax.lt(bits, _word(largest * 2.0**-126)), exponent, lax.full_like(exponent, 0))
+    exponent = lax.select_n(lax.eq(bits, np.uint32(_INFINITY)), exponent, lax.full_like(exponent, 127))
+    if not exact:
+        return exponent
+    return lax.select_n(lax.gt(bits, np.uint32(_INFINITY)), exponent, lax.full_like(exponent, _E8M0_NAN))
 
 
 def decode_scale(scale: Array, format: Format) -> Array:
@@ -390,13 +406,15 @@ def _find_scales(
     tensor_amax: Array | None,
     tensor_scale: Array | None,
     tile_amax: Array | None = None,
+    exact: bool = True,
 ) -> _Scales:
     if format.zero_point:
         return _asymmetric_scales(tiles, format, tile_range(tiles) if tile_amax is None else tile_amax)
     given = tensor_amax is not None or tensor_scale is not None
-    amax = _tile_amax(tiles) if tile_amax is None else tile_amax
+    found = _tile_amax if exact else _passing_amax
+    amax = found(tiles) if tile_amax is None else tile_amax
     if format.scale.name == "e8m0":
-        return _Scales(exponent_from_amax(amax, format.element.max), None)
+        return _Scales(exponent_from_amax(amax, format.element.max, exact), None)
     if not (format.global_scale or given):
         scale = scale_from_amax(amax, format)
         return _Scales(scale, scale)
@@ -417,11 +435,23 @@ def _find_scales(
 def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scales:
     """Block scales in e4m3 under a float32 global one (ModelOpt's export): e4m3(amax / (6 * global))."""
     whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
-    scale = divide(amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
+    scale = _over_few(amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
     # clamped as bits, so that a NaN becomes the largest scale: it must not spread over its block
-    rounded = _round_float(from_bits(lax.clamp(_word(2.0**-9), to_bits(scale), _word(E4M3.max))), E4M3)
+    within = from_bits(lax.clamp(_word(2.0**-9), to_bits(scale), _word(E4M3.max)))
+    rounded = _round_float(within, E4M3, signed_zero=True, magnitude=within)
     stored = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
     return _Scales(stored, lax.mul(rounded, _per_matrix(whole, scale)), whole)  # a block of zeros: any divisor will do
+
+
+def _over_few(x: Array, y: Array) -> Array:
+    """`_over` of scales [..., rows, cols]; computed along the rows where there are few columns.
+
+    A division is a kernel of its own. LLVM unrolls its loop over few columns altogether, and takes 100 ms for it.
+    """
+    cols = x.shape[-1]
+    if not isinstance(cols, int) or cols > 32:
+        return _over(x, y)
+    return jnp.matrix_transpose(_over(jnp.matrix_transpose(x), jnp.matrix_transpose(y)))
 
 
 def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
@@ -539,17 +569,19 @@ def qdq_matrix(
     tensor_amax: Array | None = None,
     tensor_scale: Array | None = None,
     tile_amax: Array | None = None,
+    exact: bool = True,
 ) -> Array:
     """float32 [..., n, k]: dequantize_matrix(quantize_matrix(x)) without codes; arguments as there.
 
-    Bit for bit, down to blocks whose largest value is 2^-117.
+    Bit for bit, down to blocks whose largest value is 2^-117. `exact=False`, for those who only multiply the values and
+    let no NaN be lost: a zero may have a sign, and values beside a NaN the scale that they would have without it.
     """
-    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax)
+    tiles, scales = _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax, exact)
     scaled = _scaled(tiles, scales, format)
     if scales.zero_point is not None:
         values = _shifted(scaled, scales.zero_point, format) - spread(scales.zero_point.astype(jnp.float32))
     else:
-        values = round_to(scaled, format.element)
+        values = round_to(scaled, format.element, exact=exact)
     if scales.divisor is None:
         return from_tiles(lax.mul(values, _met(_power(scales.raw), values)), *x.shape[-2:])
     whole = from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
@@ -587,7 +619,7 @@ def grid_codes(x: Array, scale: Array, zero: Array | None, format: Format) -> Ar
     return jnp.clip(jnp.round(scaled) + zero, 0, format.element.max).astype(jnp.uint8)
 
 
-def _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax=None) -> tuple[Array, _Scales]:
+def _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax=None, exact=True) -> tuple[Array, _Scales]:
     tile = format.tile_for(*x.shape[-2:], granularity)
     given = tensor_amax is not None or tensor_scale is not None
     whole = format.global_scale or ((granularity or format.granularity) == "tensor" and not format.zero_point)
@@ -598,14 +630,14 @@ def _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax=None) 
             "or leave it out"
         )
     tiles = to_tiles(x.astype(jnp.float32), tile)
-    return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale, tile_amax)
+    return tiles, _find_scales(tiles, format, tensor_amax, tensor_scale, tile_amax, exact)
 
 
 def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:
     if scales.divisor is None:  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
         inverse = from_bits(lax.shift_left(lax.sub(np.uint32(254), scales.raw), np.uint32(23)))
         return lax.mul(tiles, _met(inverse, tiles))
-    return divide(tiles, _met(scales.divisor, tiles))
+    return _over(tiles, _met(scales.divisor, tiles))
 
 
 def _met(per_tile: Array, tiles: Array) -> Array:

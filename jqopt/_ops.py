@@ -52,19 +52,16 @@ def _qdq(x: jax.Array, scale: jax.Array | None, spec: InputFormat) -> jax.Array:
     return _qdq_rows(spec, x, scale)
 
 
-# jitted so that JAX traces and lowers each of these once for all sites of one shape
-@functools.partial(jax.jit, static_argnums=0)
+# jitted so that JAX traces it once for all sites of one shape; inline, since what calls it is lowered once for them
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _qdq_rows(spec: InputFormat, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
-    if spec.granularity == "block" and spec.format.tile is not None and spec.format.tile[1] <= _UNROLLED:
+    if spec.granularity == "block":
         rows = _numerics.written(rows)
-    values = _numerics.qdq_matrix(rows, spec.format, **_scaling(spec, scale))
+    values = _numerics.qdq_matrix(rows, spec.format, exact=False, **_scaling(spec, scale))
     if spec.format.element.kind == "float":  # rounding floats keeps NaN
         return values
     # no code stands for NaN: it must not be lost
     return lax.select_n(lax.ne(rows, rows), values, lax.full_like(values, np.nan))
-
-
-_UNROLLED = 16  # LLVM unrolls a maximum over so many values, and whatever has been fused into it as many times
 
 
 def _qdq_fwd(x, scale, spec):
@@ -157,6 +154,7 @@ def quantizer(x: jax.Array, spec: InputFormat, backend: str | None, device: str 
         return None
 
 
+# jitted so that JAX traces and lowers it once for all sites of one shape
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encoded(
     spec: InputFormat, kernel: kernels.Kernel | None, x: jax.Array, scale: jax.Array | None
@@ -337,7 +335,7 @@ def _product(
     return out if lost is None else out + lost
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _run(
     kernel: kernels.Kernel, lhs_spec: kernels.Operand, facts: Weight, lhs: Any, arrays: kernels.Packed
 ) -> jax.Array:

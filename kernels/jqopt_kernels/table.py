@@ -25,6 +25,7 @@ from .triton_dot import (
 )
 from .xla_dot import xla_decode, xla_fp8, xla_fp8_dot, xla_int8, xla_int8_row
 from .xla_grouped import xla_ragged
+from .xla_lookup import xla_lookup
 from .xla_row import xla_row
 from .xla_scaled import xla_scaled
 from .xla_tiled import xla_tiled, xla_tiled_bf16
@@ -48,6 +49,7 @@ KERNELS: tuple[Kernel, ...] = (
     pallas_gemv,
     pallas_skinny,
     pallas_gemm,
+    xla_lookup,
     xla_decode,
     triton_gemm_large,
     reference,

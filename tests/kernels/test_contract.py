@@ -186,14 +186,14 @@ def test_bfloat16_activations_lose_nothing(pair):
 
 
 def test_out_dtype():
-    for name in ("xla_tiled", "xla_decode", "reference"):
+    for name in ("xla_tiled", "xla_lookup", "xla_decode", "reference"):
         c = case("nvfp4", 3, 5, 40)
         y = kernel_named(name).run(c.lhs, c.rhs, **c.specs, out_dtype=jnp.bfloat16)
         assert y.dtype == jnp.bfloat16
         assert_within(y.astype(jnp.float32), c.y, c.bound + 2.0**-8 * np.abs(c.y))
 
 
-@pytest.mark.parametrize("name", ["xla_tiled", "xla_row", "xla_decode", "ffi_gemm", *PALLAS])
+@pytest.mark.parametrize("name", ["xla_tiled", "xla_row", "xla_lookup", "xla_decode", "ffi_gemm", *PALLAS])
 def test_gradient_of_the_float_side(name):
     m = 1 if name == "xla_row" else 3
     c = case("nvfp4", m, 300, 40)

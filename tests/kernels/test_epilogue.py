@@ -28,6 +28,7 @@ CASES = [
     ("reference", "nvfp4", 5, "gelu_tanh"),
     ("reference", "nvfp4", 5, "silu"),
     ("xla_decode", "nvfp4", 5, "gelu"),
+    ("xla_lookup", "nvfp4", 5, "gelu"),
     ("xla_row", "nvfp4", 1, "silu"),
     ("xla_tiled", "int4", 5, "relu"),
     ("xla_tiled_bf16", "nvfp4 x nvfp4", 5, "gelu_tanh"),

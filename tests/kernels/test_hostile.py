@@ -11,7 +11,7 @@ from tests.kernels.cases import FLOAT, OPERANDS, PAIRS, case
 from tests.kernels.test_contract import able, assert_within, kernel_named, runner
 
 # (kernel, rows) that decode block scales on a CPU; for the others test_pallas.py and test_triton.py have the same
-DECODERS = [("reference", 2), ("xla_decode", 2), ("xla_tiled", 2), ("xla_row", 1), ("ffi_gemm", 2)]
+DECODERS = [("reference", 2), ("xla_decode", 2), ("xla_lookup", 2), ("xla_tiled", 2), ("xla_row", 1), ("ffi_gemm", 2)]
 
 
 @pytest.fixture(autouse=True)
