@@ -21,6 +21,7 @@ from jqopt import _compat
 from jqopt._recipe_train import TrainSpec
 from jqopt.errors import UnsupportedError
 from jqopt.train import _dither
+from jqopt.train._conv import Windows
 from jqopt.train._operand import COLUMNS, ROWS, Measured, Quantizer, codes, measure, pinned, quantizer, unpacked
 from jqopt.train._operand import values as quantized
 
@@ -36,7 +37,8 @@ class Gemms:
     """The static facts of a site: a quantizer, or None, for each copy of each operand.
 
     `dtypes`: of x, w and y. `amax_axes`: mesh axes of a shard_map over which largest values are shared. `spread`: how
-    many devices' cotangents of the delayed scales are summed.
+    many devices' cotangents of the delayed scales are summed. `windows`: of a convolution, whose x is an image, and
+    whose rows are its windows.
     """
 
     input: tuple[Quantizer | None, Quantizer | None]
@@ -49,6 +51,7 @@ class Gemms:
     spread: int = 1
     ragged: bool = False
     where: str = ""
+    windows: Windows | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -67,6 +70,10 @@ class Gemms:
             return (self.input[0], ROWS), (self.weight[0], ROWS)
         return (self.input[1], COLUMNS), (self.weight[1], COLUMNS)
 
+    def rows(self, x: Array) -> Array:
+        """x as float32 [*stack, m, k], surely rounded to its own dtype before; of a convolution its windows."""
+        return pinned(x) if self.windows is None else self.windows.rows(pinned(x))
+
 
 def gemms(spec: TrainSpec, ragged: bool = False, where: str = "") -> Gemms:
     """What a recipe's section asks of a site. Ragged products have no Hadamard transform: it would mix groups."""
@@ -84,6 +91,7 @@ def linear(
     """x [*stack, m, k] times w [*stack, n, k], transposed, on quantized operands: [*stack, m, n] in y's dtype.
 
     Args:
+        x: with `how.windows` the input of a convolution; it is kept as such where its windows are not quantized.
         scales: of delayed scaling: encode scales float32 [3] of x, w and dy. Their cotangent is not a derivative but
             the largest values of this step, float32 [3].
         key: uint32 [4] for stochastic rounding of dy: two words of a key, the first row and the first column that this
@@ -99,7 +107,7 @@ def _product(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any)
 
 
 def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training: bool) -> tuple[Array, Any]:
-    operands = [pinned(x), pinned(w)]
+    operands = [how.rows(x), pinned(w)]
     wanted: list[tuple[int, Quantizer, int]] = []  # (operand, quantizer, axis), each once
     for i, pair in enumerate((how.input, how.weight)):
         copies = [(pair[0], ROWS), how.kept[i]] if training else [(pair[0], ROWS)]
@@ -129,7 +137,7 @@ def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training:
     if scales is not None:
         amax = [jnp.max(measured[at].whole) if at is not None else jnp.zeros((), jnp.float32)
                 for at in (_first(wanted, INPUT), _first(wanted, WEIGHT))]  # fmt: skip
-    return y, (kept, jnp.zeros((0, x.shape[-1])), scales, amax)
+    return y, (kept, jnp.zeros((0, w.shape[-1])), scales, amax)
 
 
 def _delayed(q: Quantizer, scale: Array | None) -> Array | None:
@@ -195,10 +203,11 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
         return quantized(m, q, axis, _delayed(q, given), dithers.get(axis))
 
     (xq, x_axis), (wq, w_axis) = how.kept
-    x, w = _read(kept[0], xq, x_axis, like.shape[1]), _read(kept[1], wq, w_axis, like.shape[1])
+    x, w = _read(kept[0], xq, x_axis, like.shape[1], how.rows), _read(kept[1], wq, w_axis, like.shape[1], pinned)
     first = copy(rows, ROWS)
     second = first if shared else copy(columns, COLUMNS)
-    dx = DGRAD[how.ragged](*first, *w, groups).astype(how.dtypes[0])
+    dx = DGRAD[how.ragged](*first, *w, groups)
+    dx = (dx if how.windows is None else how.windows.summed(dx)).astype(how.dtypes[0])
     dw = WGRAD[how.ragged](*second, *x, groups).astype(how.dtypes[1])
     seen = None
     if scales is not None:
@@ -228,8 +237,10 @@ def _no_gradient(x: Array | None) -> Any:
 _product.defvjp(_fwd, _bwd)
 
 
-def _read(kept: Any, q: Quantizer | None, axis: int, k: int) -> tuple[Array, Array | None]:
-    return (pinned(kept), None) if q is None else unpacked(kept, q, axis, k)
+def _read(
+    kept: Any, q: Quantizer | None, axis: int, k: int, plain: Callable[[Array], Array]
+) -> tuple[Array, Array | None]:
+    return (plain(kept), None) if q is None else unpacked(kept, q, axis, k)
 
 
 # The products --------------------------------------------------------------------------------------------------------

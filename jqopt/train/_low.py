@@ -23,7 +23,7 @@ from jqopt._recipe import Recipe, load_recipe
 from jqopt._stage import Function
 from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
-from jqopt.train import _dither, _low_plan
+from jqopt.train import _conv, _dither, _low_plan
 from jqopt.train._linear import NAME, Gemms, linear
 from jqopt.train._low_plan import Trained, TrainPlan
 from jqopt.train._operand import Quantizer
@@ -333,7 +333,15 @@ def _ragged(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> 
     return _sharded(how, differ, x, w.swapaxes(1, 2), scale, key, groups)
 
 
-OPS = {"dot_general": _dot, "ragged_dot": _ragged}
+def _convolved(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
+    x, w, scale, key = values
+    if 0 in (*eqn.outvars[0].aval.shape, *w.shape):  # no product to quantize
+        return _jaxpr.bind(eqn, [x, w])[0]
+    how = dataclasses.replace(how, windows=_conv.windows(eqn))
+    return _conv.image(eqn, _sharded(how, differ, x, _conv.matrix(eqn, w), scale, key))
+
+
+OPS = {"dot_general": _dot, "ragged_dot": _ragged, "conv": _convolved}
 """The sites that are trained in low precision."""
 
 
@@ -345,7 +353,8 @@ def _sharded(how: Gemms, differ: Varying, x: Array, w: Array, scale: Any, key: A
     if axes:
         rows = tuple(a for a in axes if a in mine - its)
         columns = tuple(a for a in axes if a in its - mine)
-        row, column = _place(rows, math.prod(x.shape[:-1])), _place(columns, w.shape[-2])
+        count = math.prod(x.shape[:-1]) if how.windows is None else how.windows.count
+        row, column = _place(rows, count), _place(columns, w.shape[-2])
         shared = axes if how.scope == "global" else ()
         how = dataclasses.replace(how, amax_axes=shared, spread=math.prod(lax.axis_size(a) for a in axes))
         x, w = _compat.vary(x, axes), _compat.vary(w, axes)

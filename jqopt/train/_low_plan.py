@@ -17,6 +17,7 @@ from jqopt._recipe import Recipe
 from jqopt._table import table
 from jqopt._trace import Graph, Site
 from jqopt.errors import PlanError
+from jqopt.train import _conv
 from jqopt.train._linear import Gemms, gemms
 from jqopt.train._operand import Quantizer
 
@@ -141,8 +142,6 @@ def refused(jaxpr: Any, site: Site) -> str:
     """Why a site that quantization after training can do can't be trained in low precision; '' if it can."""
     if site.op == "gather":
         return "a lookup multiplies nothing"
-    if site.op == "conv":
-        return "a convolution: its products are trained in high precision"
     enclosing = around(jaxpr, site.address)
     own = next((e for _, e in enclosing if e.primitive.name.startswith("custom_")), None)
     if own is not None:
@@ -150,7 +149,7 @@ def refused(jaxpr: Any, site: Site) -> str:
     eqn = at(jaxpr, site.address)
     if site.op == "ragged_dot" and not _plain_ragged(eqn):
         return "a ragged dot of another form than x [m, k], w [g, k, n]"
-    return ""
+    return _conv.refused(eqn) if site.op == "conv" else ""
 
 
 def _plain_ragged(eqn: Any) -> bool:

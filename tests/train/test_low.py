@@ -163,10 +163,9 @@ def test_models(cls):
 
 
 def test_what_is_left_alone_has_a_reason():
-    for cls, words in ((zoo.Conv, "a convolution"), (zoo.CustomVjp, "its derivative is the model's own")):
-        model, variables, x = zoo.build(cls)
-        with pytest.raises(jqopt.PlanError, match=words):
-            train.prepare(model, section("nvfp4"), variables, x)
+    model, variables, x = zoo.build(zoo.CustomVjp)
+    with pytest.raises(jqopt.PlanError, match="its derivative is the model's own"):
+        train.prepare(model, section("nvfp4"), variables, x)
     model, variables, x = zoo.build(zoo.Tied)
     plan = train.prepare(model, section("nvfp4"), variables, x).plan
     assert [s.reason for s in plan.sites if s.gemms is None] == ["a lookup multiplies nothing"]
