@@ -22,7 +22,8 @@ from jqopt._recipe_train import TrainSpec
 from jqopt.errors import UnsupportedError
 from jqopt.train import _dither
 from jqopt.train._conv import Windows
-from jqopt.train._operand import COLUMNS, ROWS, Measured, Quantizer, codes, measure, pinned, quantizer, unpacked
+from jqopt.train._gather import Gather
+from jqopt.train._operand import COLUMNS, ROWS, Measured, Packed, Quantizer, codes, measure, pinned, quantizer, unpacked
 from jqopt.train._operand import values as quantized
 
 NAME = "jqopt_q"
@@ -38,7 +39,7 @@ class Gemms:
 
     `dtypes`: of x, w and y. `amax_axes`: mesh axes of a shard_map over which largest values are shared. `spread`: how
     many devices' cotangents of the delayed scales are summed. `windows`: of a convolution, whose x is an image, and
-    whose rows are its windows.
+    whose rows are its windows. `gather`: where w lies cut over a mesh, how its codes are gathered.
     """
 
     input: tuple[Quantizer | None, Quantizer | None]
@@ -52,6 +53,7 @@ class Gemms:
     ragged: bool = False
     where: str = ""
     windows: Windows | None = None
+    gather: Gather | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -107,7 +109,7 @@ def _product(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any)
 
 
 def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training: bool) -> tuple[Array, Any]:
-    operands = [how.rows(x), pinned(w)]
+    operands = [how.rows(x), pinned(w if how.gather is None else how.gather.lying(w))]
     wanted: list[tuple[int, Quantizer, int]] = []  # (operand, quantizer, axis), each once
     for i, pair in enumerate((how.input, how.weight)):
         copies = [(pair[0], ROWS), how.kept[i]] if training else [(pair[0], ROWS)]
@@ -117,9 +119,16 @@ def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training:
     measured = _shared([(q, measure(operands[i], q, axis)) for i, q, axis in wanted], how.amax_axes)
     given = [None if scales is None else scales[i] for i in (INPUT, WEIGHT)]
 
+    def packed(i: int, q: Quantizer, axis: int) -> Packed:
+        at = _at(wanted, i, q, axis)
+        made = codes(measured[at], q, wanted[at][2], _delayed(q, given[i]))
+        return made if how.gather is None or i != WEIGHT else how.gather.lying(made)
+
     def copy(i: int, q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
         if q is None:
             return operands[i], None
+        if how.gather is not None and i == WEIGHT:
+            return _whole(how.gather, how.gather.gathered(packed(i, q, axis)), q, axis, w.shape[-1])
         return quantized(measured[_at(wanted, i, q, axis)], q, axis, _delayed(q, given[i]))
 
     a, b = copy(INPUT, how.input[0], ROWS), copy(WEIGHT, how.weight[0], ROWS)
@@ -131,8 +140,7 @@ def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training:
         if q is None:
             kept.append((x, w)[i])
         else:
-            at = _at(wanted, i, q, axis)
-            kept.append(checkpoint_name(codes(measured[at], q, wanted[at][2], _delayed(q, given[i])), NAME))
+            kept.append(checkpoint_name(packed(i, q, axis), NAME))
     amax = None
     if scales is not None:
         amax = [jnp.max(measured[at].whole) if at is not None else jnp.zeros((), jnp.float32)
@@ -203,18 +211,29 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
         return quantized(m, q, axis, _delayed(q, given), dithers.get(axis))
 
     (xq, x_axis), (wq, w_axis) = how.kept
-    x, w = _read(kept[0], xq, x_axis, like.shape[1], how.rows), _read(kept[1], wq, w_axis, like.shape[1], pinned)
+    x = _read(kept[0], xq, x_axis, like.shape[1], how.rows)
+    if how.gather is None or wq is None:
+        w = _read(kept[1], wq, w_axis, like.shape[1], pinned)
+    else:
+        w = _whole(how.gather, how.gather.again(kept[1]), wq, w_axis, like.shape[1])
     first = copy(rows, ROWS)
     second = first if shared else copy(columns, COLUMNS)
     dx = DGRAD[how.ragged](*first, *w, groups)
     dx = (dx if how.windows is None else how.windows.summed(dx)).astype(how.dtypes[0])
     dw = WGRAD[how.ragged](*second, *x, groups).astype(how.dtypes[1])
+    dw = dw if how.gather is None else how.gather.lying(dw)
     seen = None
     if scales is not None:
         largest = jnp.max(measured[0].whole) if measured else jnp.zeros((), jnp.float32)
         seen = jnp.stack([*amax, largest]) * jnp.float32(1 / how.spread)
         seen = _compat.vary(seen, _compat.varying(scales))  # their sum over the devices is the largest value again
     return dx, dw, seen, _no_gradient(key), _no_gradient(groups)
+
+
+def _whole(gather: Gather, p: Packed, q: Quantizer, axis: int, k: int) -> tuple[Array, Array | None]:
+    """Decoded where it was gathered: a decoder cut over the devices would have its floats gathered."""
+    values, scale = unpacked(p, q, axis, k)
+    return gather.gathered(values), scale
 
 
 def _dithers(key: Array, copies: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, Array]:

@@ -23,7 +23,7 @@ from jqopt._recipe import Recipe, load_recipe
 from jqopt._stage import Function
 from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
-from jqopt.train import _conv, _dither, _low_plan
+from jqopt.train import _conv, _dither, _gather, _low_plan
 from jqopt.train._linear import NAME, Gemms, linear
 from jqopt.train._low_plan import Trained, TrainPlan
 from jqopt.train._operand import Quantizer
@@ -85,7 +85,9 @@ class Prepared:
         return run(self.plan, self.plan.ptq.function, params, inputs, kwargs, key, state)
 
 
-def prepare(model: Any, recipe: str | dict | Recipe, *inputs: Any, **kwargs: Any) -> Prepared:
+def prepare(
+    model: Any, recipe: str | dict | Recipe, *inputs: Any, gather: str | Sequence[str] = (), **kwargs: Any
+) -> Prepared:
     """Low-precision training of a model, which stays as it is.
 
         prepared = jqopt.train.prepare(model, "train/nvfp4", variables, x)
@@ -97,13 +99,19 @@ def prepare(model: Any, recipe: str | dict | Recipe, *inputs: Any, **kwargs: Any
         recipe: one with a section `train`: a shipped recipe's name, a path, or a dict.
         inputs: as `jqopt.trace` takes them: for Linen the variables, for a function the parameters, and one batch;
             for an NNX module the batch. Arrays or `jax.ShapeDtypeStruct`s: nothing is computed.
+        gather: axes of a mesh, Auto, over which weights are cut and for a product gathered (FSDP): they are gathered as
+            packed codes. The shardings of the parameters given here say how weights lie.
         kwargs: keywords of the model's call.
 
     Raises:
         RecipeError, TraceError: as `jqopt.load_recipe` and `jqopt.trace` do.
-        PlanError: no section `train`, a rule that matches nothing, or nothing to train in low precision.
+        PlanError: no section `train`, a rule that matches nothing, or nothing to train in low precision; `gather`
+            without shardings, with other axes than theirs, or with nothing to gather.
     """
-    return Prepared(_low_plan.make(load_recipe(recipe), trace(model, *inputs, **kwargs)))
+    graph = trace(model, *inputs, **kwargs)
+    params = model if isinstance(model, flax_nnx.Module) else inputs[0]
+    want = _gather.asked(gather, _parameters(graph.function, graph.function.tree(params)))
+    return Prepared(_low_plan.make(load_recipe(recipe), graph, want))
 
 
 def run(
@@ -130,10 +138,14 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _checked(plan: TrainPlan, function: Function, params: Any) -> list:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {p: leaf for key, leaf in flat if (p := _stage.parameter_path(function, key, leaf)) is not None}
-    _apply.check_paths(plan.ptq, found)
-    return [leaf for _, leaf in flat]
+    _apply.check_paths(plan.ptq, _parameters(function, params))
+    return jax.tree.leaves(params)
+
+
+def _parameters(function: Function, tree: Any) -> dict[str, Any]:
+    """{path: leaf} of the parameters in a tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {p: leaf for key, leaf in flat if (p := _stage.parameter_path(function, key, leaf)) is not None}
 
 
 def _sites(plan: TrainPlan, closed: Any, views: Sequence[Any]) -> list[tuple[Site, Trained]]:
@@ -310,17 +322,18 @@ def _dot(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Arr
     """A dot_general as x [*batch, m, k] times w [*batch, n, k]."""
     *operands, scale, key = values
     side = site.operand
-    dims = eqn.params["dimension_numbers"]
-    x, x_free = _matrix(operands[1 - side], dims, 1 - side)
-    w, w_free = _matrix(operands[side], dims, side)
+    dims = [[tuple(map(int, d)) for d in kind] for kind in eqn.params["dimension_numbers"]]
+    order = [dims[0][side].index(i) for i in _gather.matrices(site, eqn)[-1]]
+    x, x_free = _matrix(operands[1 - side], [dims[0][1 - side][i] for i in order], dims[1][1 - side])
+    w, w_free = _matrix(operands[side], [dims[0][side][i] for i in order], dims[1][side])
     y = _sharded(how, differ, x, w, scale, key)
     y = y if side == 1 else y.mT
     free = [x_free, w_free] if side == 1 else [w_free, x_free]
     return y.reshape(*x.shape[:-2], *free[0], *free[1])
 
 
-def _matrix(x: Array, dims: Any, side: int) -> tuple[Array, list[int]]:
-    contract, batch = (tuple(map(int, d[side])) for d in dims)
+def _matrix(x: Array, contract: Sequence[int], batch: Sequence[int]) -> tuple[Array, list[int]]:
+    """([*batch, free, contracted], the sizes of the free axes)."""
     free = [i for i in range(x.ndim) if i not in (*contract, *batch)]
     sizes = [x.shape[i] for i in free]
     turned = x.transpose([*batch, *free, *contract])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,9 @@ from jqopt._recipe import Recipe
 from jqopt._table import table
 from jqopt._trace import Graph, Site
 from jqopt.errors import PlanError
-from jqopt.train import _conv
+from jqopt.train import _conv, _gather
 from jqopt.train._linear import Gemms, gemms
-from jqopt.train._operand import Quantizer
+from jqopt.train._operand import ROWS, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,12 @@ def _word(q: Quantizer | None) -> str:
     return "float" if q is None else str(q)
 
 
-def make(recipe: Recipe, graph: Graph) -> TrainPlan:
+def make(recipe: Recipe, graph: Graph, gather: _gather.Asked | None = None) -> TrainPlan:
     """Decides every site: those that a rule quantizes are trained as the recipe's section `train` says.
 
     Raises:
-        PlanError: no section `train`; as `jqopt.plan` does; or no site would be in low precision.
+        PlanError: no section `train`; as `jqopt.plan` does; no site would be in low precision, or none of their weights
+            gathered as codes.
     """
     if recipe.train is None:
         raise PlanError(
@@ -105,10 +107,15 @@ def make(recipe: Recipe, graph: Graph) -> TrainPlan:
     ptq = _plan.make_plan(recipe, graph)
     sites = tuple(_decided(recipe, graph, s, ptq[s.key]) for s in graph.sites)
     sites = _together(graph, _without_ends(recipe, graph, sites))
-    plan = TrainPlan(recipe, sites, ptq)
+    plan = TrainPlan(recipe, sites if gather is None else _gathered(graph, sites, gather), ptq)
     if not plan.trained:
         raise PlanError(
             f"recipe {recipe.name!r} would train nothing of {graph.function.name} in low precision:\n{plan}"
+        )
+    if gather is not None and not any(s.gemms and s.gemms.gather for s in plan.trained):
+        raise PlanError(
+            f"gather={gather.axes}: no weight that is trained in low precision would be gathered as codes; shard the "
+            f"weights along these axes, or leave it out:\n{plan}"
         )
     return plan
 
@@ -211,6 +218,26 @@ def _together(graph: Graph, sites: tuple[Trained, ...]) -> tuple[Trained, ...]:
         kept = next((o for o in product[site.address] if o.gemms is None), None)
         if d.gemms is not None and kept is not None:
             d = dataclasses.replace(d, gemms=None, reason=f"one product with {kept.key}, which isn't: {kept.reason}")
+        out.append(d)
+    return tuple(out)
+
+
+def _gathered(graph: Graph, sites: tuple[Trained, ...], want: _gather.Asked) -> tuple[Trained, ...]:
+    """Says how the weights of trained sites are gathered that lie cut over a mesh."""
+    shared = {a for a, n in Counter(s.address for s in graph.sites).items() if n > 1}
+    out = []
+    for site, d in zip(graph.sites, sites, strict=True):
+        if d.gemms is not None:
+            eqn, inside = (
+                at(graph.jaxpr, site.address),
+                [e.primitive.name for _, e in around(graph.jaxpr, site.address)],
+            )
+            copies = ((d.gemms.weight[0], ROWS), d.gemms.kept[1])
+            found, note = _gather.decide(want, site, eqn, inside, copies)
+            if found is not None and site.address in shared:
+                found, note = None, f"gathered over {', '.join(want.axes)} as floats: one product of several weights"
+            reason = "; ".join(filter(None, (d.reason, note)))
+            d = dataclasses.replace(d, gemms=dataclasses.replace(d.gemms, gather=found), reason=reason)
         out.append(d)
     return tuple(out)
 
