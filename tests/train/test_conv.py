@@ -13,8 +13,6 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jqopt
 from jqopt import train
@@ -22,32 +20,11 @@ from jqopt.train import _conv, _linear, quantizers
 from jqopt.train._low import _convolved
 from tests import zoo
 from tests.arrays import normal
+from tests.train.images import KEY, NEAREST, NHWC, conv, gradients, recipe
 
-KEY = jax.random.key(7)
-NHWC = ("NHWC", "HWIO", "NHWC")
-NEAREST = {"input": "nvfp4", "weight": {"format": "nvfp4", "tile": [16, 16]}, "grad": "nvfp4"}
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FLOAT = _linear.Gemms((None, None), (None, None), (None, None))
-
-
-def recipe(spec: dict | str) -> dict:
-    """Everything in NVFP4 after training; in training as `spec`, or a shipped recipe, says."""
-    section = spec if isinstance(spec, dict) else jqopt.load_recipe(f"train/{spec}").train.to_dict()
-    return {"name": "all", "rules": [{"match": "*", "weight": "nvfp4"}], "train": section}
-
-
-def conv(numbers=NHWC, strides=None, padding="SAME", **more):
-    """A model of one convolution."""
-    spatial = len(numbers[0]) - 2
-    return lambda p, x: lax.conv_general_dilated(
-        x, p["w"], strides or (1,) * spatial, padding, dimension_numbers=numbers, **more
-    )
-
-
-def gradients(prepared, params, x, dy, key=KEY):
-    """(y, dw, dx)."""
-    y, back = jax.vjp(lambda p, x: prepared.apply(p, x, quant_key=key), params, x)
-    dw, dx = back(dy)
-    return y, dw["w"], dx
 
 
 def relative(a, b) -> float:
@@ -127,8 +104,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_without_quantizers_it_is_the_convolution(name, quick_compile):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("groups", "channels first", "transposed"))) for n in SHAPES],
+)
+def test_without_quantizers_it_is_the_convolution(name):
     """All operands in float: the output and both gradients of jax.lax.conv_general_dilated, up to the order of sums."""
     x_shape, w_shape, model = SHAPES[name]
     x, w = normal(0, x_shape), normal(1, w_shape)
@@ -149,7 +129,7 @@ def test_without_quantizers_it_is_the_convolution(name, quick_compile):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max()), got, want)
 
 
-def test_the_sum_over_taps_is_rounded_once(quick_compile):
+def test_the_sum_over_taps_is_rounded_once():
     """bfloat16: dx is the float32 sum over windows, rounded; and x is kept as it is, not its windows."""
     x, w = normal(0, (2, 8, 8, 8), jnp.bfloat16), normal(1, (3, 3, 8, 8), jnp.bfloat16)
     (eqn,) = jax.make_jaxpr(conv())({"w": w}, x).eqns
@@ -169,16 +149,6 @@ def test_the_sum_over_taps_is_rounded_once(quick_compile):
 
 
 @pytest.mark.slow
-def test_one_tap_is_a_dense_layer():
-    """y, dw and dx of a 1x1 convolution have the bits of x @ w, with the Hadamard transform and random numbers."""
-    x, w, dy = normal(0, (2, 4, 4, 32)), normal(1, (32, 48)), normal(2, (2, 4, 4, 48))
-    found = []
-    for model in (lambda p, x: conv()({"w": p["w"][None, None]}, x), lambda p, x: x @ p["w"]):
-        prepared = train.prepare(model, recipe("nvfp4"), {"w": w}, x)
-        found.append(jax.jit(functools.partial(gradients, prepared))({"w": w}, x, dy))
-    jax.tree.map(np.testing.assert_array_equal, *found)
-
-
 def test_error_floor():
     """Two operands with 9.5 % of noise each: 12 % to 15 %, in fprop, wgrad and dgrad."""
     x, w, dy = normal(0, (2, 10, 10, 64)), normal(1, (3, 3, 64, 64)), normal(2, (2, 10, 10, 64))
@@ -190,44 +160,7 @@ def test_error_floor():
         assert 0.12 < relative(a, b) < 0.15
 
 
-# ---- keys, loops, memory
-
-
-def stacked(policy=None, remat=False):
-    """Three layers in a scan."""
-
-    def body(h, w):
-        return jnp.tanh(conv()({"w": w}, h)), None
-
-    step = jax.checkpoint(body, policy=policy, prevent_cse=False) if remat else body
-    return lambda p, x: lax.scan(step, x, p["w"])[0]
-
-
-@pytest.fixture(scope="module")
-def layers():
-    return {"w": normal(0, (3, 3, 1, 16, 16), jnp.bfloat16) / 8}, normal(1, (2, 6, 4, 16), jnp.bfloat16)
-
-
-def step(prepared, x):
-    return jax.jit(jax.grad(lambda p, k: jnp.mean(jnp.square(prepared.apply(p, x, quant_key=k)).astype(jnp.float32))))
-
-
-@pytest.mark.slow
-def test_keys_scan_and_remat(layers):
-    """Same key, same bits, also under remat; another key, others. With the policy nothing is quantized twice."""
-    params, x = layers
-    grads, rounds = {}, {}
-    for name, policy in (("none", None), ("policy", train.remat_policy), ("plain", None)):
-        prepared = train.prepare(stacked(policy, name != "none"), recipe("nvfp4"), params, x)
-        compiled = step(prepared, x).lower(params, KEY).compile()
-        rounds[name] = compiled.as_text().count(" round-nearest-even(")
-        grads[name] = compiled(params, KEY)["w"]
-        if name == "none":
-            np.testing.assert_array_equal(compiled(params, KEY)["w"], grads[name])
-            assert bool((compiled(params, jax.random.key(8))["w"] != grads[name]).any())
-    assert rounds["none"] == rounds["policy"] < rounds["plain"]
-    np.testing.assert_array_equal(grads["none"], grads["policy"])
-    np.testing.assert_array_equal(grads["none"], grads["plain"])
+# ---- what is kept and seen
 
 
 def test_what_is_kept_are_packed_windows():
@@ -239,7 +172,8 @@ def test_what_is_kept_are_packed_windows():
     assert sorted(sizes) == sorted([9 * x.size // 2, 9 * x.size // 16, w.size // 2, w.size // 256])
 
 
-def test_delayed_scales_see_the_windows(quick_compile):
+@pytest.mark.slow
+def test_delayed_scales_see_the_windows():
     """With stride 2 of one tap, three quarters of x are in no window: the largest value is of what is multiplied."""
     o = {"format": "fp8", "scaling": "delayed"}
     x, w = normal(0, (2, 4, 4, 8)), normal(1, (1, 1, 8, 8))
@@ -247,34 +181,6 @@ def test_delayed_scales_see_the_windows(quick_compile):
     prepared = train.prepare(conv(strides=(2, 2)), recipe({"input": o, "weight": o}), {"w": w}, x)
     seen = jax.grad(lambda s: prepared.apply({"w": w}, x, quant_state=s).sum())(prepared.init_state())
     np.testing.assert_array_equal(seen["w"]["scale"][:2], [jnp.abs(x[:, ::2, ::2]).max(), jnp.abs(w).max()])
-
-
-# ---- devices
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["gspmd", "shard_map"])
-def test_eight_devices_give_the_numbers_of_one(way):
-    """The batch cut in eight: the same codes and random numbers, hence y to the bit; sums of dw in another order."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    scale = jnp.exp2(jnp.arange(8.0))[:, None, None, None]  # a device's largest value is not the whole's
-    x, w, dy = normal(0, (8, 4, 4, 16)) * scale, normal(1, (3, 3, 16, 16)), normal(2, (8, 4, 4, 16)) / scale
-    one = train.prepare(conv(), recipe("nvfp4"), {"w": w}, x)
-    want = jax.jit(functools.partial(gradients, one))({"w": w}, x, dy)
-    model, cut = conv(), NamedSharding(mesh, P("data"))
-    if way == "shard_map":
-        inside = jax.shard_map(lambda w, x: conv()({"w": w}, x), mesh=mesh, in_specs=(P(), P("data")),
-                               out_specs=P("data"))  # fmt: skip
-        model = lambda p, x: inside(p["w"], x)  # noqa: E731
-    many = train.prepare(model, recipe("nvfp4"), {"w": w}, x)
-    places = ({"w": NamedSharding(mesh, P())}, cut, cut)
-    got = jax.jit(functools.partial(gradients, many), in_shardings=places)(
-        {"w": w}, jax.device_put(x, cut), jax.device_put(dy, cut)
-    )
-    assert got[0].sharding.spec == P("data")
-    np.testing.assert_array_equal(got[0], want[0])
-    for a, b in zip(got[1:], want[1:], strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
 
 
 # ---- models

@@ -137,6 +137,8 @@ def test_layers_in_a_scan(mesh):
     weights = [t for t in gathers(compiled) if t[0] == "u8"]
     assert weights == sorted([("u8", 256 * 128), ("u8", 256)] * 2)
     assert not [t for t in gathers(compiled) if t[0] != "u8" and t[1] >= 256 * 256]
+    text = compiled.as_text()
+    assert "u8[3,256,16]" in text and "u8[3,256,128]" not in text  # what the loop keeps: a device's own codes
     want, _ = jax.jit(step(train.prepare(model, recipe("nvfp4"), p, x)))(p, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
