@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
-from jax import Array, lax
+from jax import Array
 
-from jqopt import _apply, _compat, _jaxpr, _stage, _trace
+from jqopt import _apply, _jaxpr, _stage, _trace
 from jqopt._jaxpr import Address, State
 from jqopt._model import trace
 from jqopt._numerics import divide
@@ -23,8 +23,8 @@ from jqopt._recipe import Recipe, load_recipe
 from jqopt._stage import Function
 from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
-from jqopt.train import _conv, _dither, _gather, _low_plan
-from jqopt.train._linear import NAME, Gemms, linear
+from jqopt.train import _dither, _gather, _low_ops, _low_plan
+from jqopt.train._linear import NAME, Gemms
 from jqopt.train._low_plan import Trained, TrainPlan
 from jqopt.train._operand import Quantizer
 
@@ -33,9 +33,6 @@ remat_policy = jax.checkpoint_policies.save_only_these_names(NAME)
 
 So nothing is quantized twice and no GEMM runs twice; the rest is computed anew.
 """
-
-Varying = tuple[frozenset[str], frozenset[str]]
-"""Axes of a shard_map over which x differs, and w."""
 
 QuantState = dict[str, dict[str, Array]]
 """State of delayed scaling, float32: {site: {"history": [*layers, length, 3], "scale": [*layers, 3]}}, of x, w, dy."""
@@ -269,7 +266,7 @@ class Trainer:
             self.at[site.address] = (site, decision)
             for n in range(1, len(site.address)):
                 self.below.setdefault(site.address[:n], []).append(site)
-        self.differ: dict[Address, Varying] = {
+        self.differ: dict[Address, _low_ops.Varying] = {
             a: (_low_plan.varying(jaxpr, a, 1 - s.operand), _low_plan.varying(jaxpr, a, s.operand))
             for a, (s, _) in self.at.items()
         }
@@ -303,7 +300,7 @@ class Trainer:
         how = dataclasses.replace(
             decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name)
         )
-        made = _apply.placed(functools.partial(OPS[site.op], eqn, site, how, self.differ[address]), out)
+        made = _apply.placed(functools.partial(_low_ops.OPS[site.op], eqn, site, how, self.differ[address]), out)
         result = made(*values, mine.get("scale"), mine.get("key"))
         if "key" in mine:  # another use of the site, in a loop that isn't over its layers, draws other numbers
             mine = {**mine, "key": mine["key"] + jnp.asarray([0, 1], jnp.uint32)}
@@ -316,69 +313,3 @@ def _blind(eqn: Any) -> bool:
 
 def _pair(eqn: Any, site: Site) -> tuple[Any, Any]:
     return eqn.invars[1 - site.operand], eqn.invars[site.operand]
-
-
-def _dot(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
-    """A dot_general as x [*batch, m, k] times w [*batch, n, k]."""
-    *operands, scale, key = values
-    side = site.operand
-    dims = [[tuple(map(int, d)) for d in kind] for kind in eqn.params["dimension_numbers"]]
-    order = [dims[0][side].index(i) for i in _gather.matrices(site, eqn)[-1]]
-    x, x_free = _matrix(operands[1 - side], [dims[0][1 - side][i] for i in order], dims[1][1 - side])
-    w, w_free = _matrix(operands[side], [dims[0][side][i] for i in order], dims[1][side])
-    y = _sharded(how, differ, x, w, scale, key)
-    y = y if side == 1 else y.mT
-    free = [x_free, w_free] if side == 1 else [w_free, x_free]
-    return y.reshape(*x.shape[:-2], *free[0], *free[1])
-
-
-def _matrix(x: Array, contract: Sequence[int], batch: Sequence[int]) -> tuple[Array, list[int]]:
-    """([*batch, free, contracted], the sizes of the free axes)."""
-    free = [i for i in range(x.ndim) if i not in (*contract, *batch)]
-    sizes = [x.shape[i] for i in free]
-    turned = x.transpose([*batch, *free, *contract])
-    lead = [x.shape[i] for i in batch]
-    return turned.reshape(*lead, math.prod(sizes), math.prod(x.shape[i] for i in contract)), sizes
-
-
-def _ragged(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
-    x, w, groups, scale, key = values
-    return _sharded(how, differ, x, w.swapaxes(1, 2), scale, key, groups)
-
-
-def _convolved(eqn: Any, site: Site, how: Gemms, differ: Varying, *values: Any) -> Array:
-    x, w, scale, key = values
-    if 0 in (*eqn.outvars[0].aval.shape, *w.shape):  # no product to quantize
-        return _jaxpr.bind(eqn, [x, w])[0]
-    how = dataclasses.replace(how, windows=_conv.windows(eqn))
-    return _conv.image(eqn, _sharded(how, differ, x, _conv.matrix(eqn, w), scale, key))
-
-
-OPS = {"dot_general": _dot, "ragged_dot": _ragged, "conv": _convolved}
-"""The sites that are trained in low precision."""
-
-
-def _sharded(how: Gemms, differ: Varying, x: Array, w: Array, scale: Any, key: Any, groups: Any = None) -> Array:
-    """`linear`; inside a shard_map with the axes over which x and w differ, and this device's place in them."""
-    mine, its = differ
-    axes = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in (mine | its))
-    row = column = jnp.zeros((), jnp.uint32)
-    if axes:
-        rows = tuple(a for a in axes if a in mine - its)
-        columns = tuple(a for a in axes if a in its - mine)
-        count = math.prod(x.shape[:-1]) if how.windows is None else how.windows.count
-        row, column = _place(rows, count), _place(columns, w.shape[-2])
-        shared = axes if how.scope == "global" else ()
-        how = dataclasses.replace(how, amax_axes=shared, spread=math.prod(lax.axis_size(a) for a in axes))
-        x, w = _compat.vary(x, axes), _compat.vary(w, axes)
-        scale = None if scale is None else _compat.vary(scale, axes)
-    if key is not None:
-        key = jnp.concatenate([key, jnp.stack([row, column])])
-    return linear(how, x, w, scale, key, groups)
-
-
-def _place(axes: tuple[str, ...], length: int) -> Array:
-    """The number of the first of this device's `length` rows (or columns), of all that these axes cut."""
-    if not axes:
-        return jnp.zeros((), jnp.uint32)
-    return lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(length)

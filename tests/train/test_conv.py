@@ -17,7 +17,7 @@ from jax import lax
 import jqopt
 from jqopt import train
 from jqopt.train import _conv, _linear, quantizers
-from jqopt.train._low import _convolved
+from jqopt.train._low_ops import _convolved
 from tests import zoo
 from tests.arrays import normal
 from tests.train.images import KEY, NEAREST, NHWC, conv, gradients, recipe

@@ -162,6 +162,16 @@ def test_models(cls):
     assert 0.001 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.2
 
 
+def test_blocks_follow_the_parameters_memory():
+    """An einsum lists the axes that it contracts in its own order; blocks are neighbours in the weight, as packed."""
+    w, x = numbers(0, 4, 8, 32), numbers(1, 16, 4, 8)
+    model = lambda p, x: jnp.einsum("mhd,hdn->mn", x, p["w"])  # noqa: E731
+    got = train.prepare(model, {**SMALL, "train": {"weight": "nvfp4"}}, {"w": w}, x).apply({"w": w}, x)
+    q = train.quantizers.nvfp4(w.reshape(32, 32).T)
+    kernel = np.asarray(train.quantizers.nvfp4_values(q), np.float64) * np.float64(q.global_scale)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64).reshape(16, 32) @ kernel.T, rtol=0, atol=1e-5)
+
+
 def test_what_is_left_alone_has_a_reason():
     model, variables, x = zoo.build(zoo.CustomVjp)
     with pytest.raises(jqopt.PlanError, match="its derivative is the model's own"):
