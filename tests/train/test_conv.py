@@ -197,19 +197,21 @@ class Image(nn.Module):
 
 
 @pytest.mark.slow
-def test_from_training_to_serving():
-    """A Linen model of three convolutions: near the float gradient, and packed by its recipe without data."""
+def test_from_training_to_serving(tmp_path):
+    """A Linen model of three convolutions: near the float gradient; packed by its recipe without data, saved, loaded."""
     model, x = Image(), normal(0, (2, 8, 8, 16))
     variables = model.init(KEY, x)
-    prepared = train.prepare(model, recipe("nvfp4"), variables, x)
+    prepared = train.prepare(model, "train/nvfp4", variables, x)
     assert {s.path for s in prepared.plan.trained} == {f"{n}/kernel" for n in ("Conv_0", "Conv_1", "ConvTranspose_0")}
     got = jax.jit(jax.grad(lambda v: jnp.mean(jnp.square(prepared.apply(v, x, quant_key=KEY) - 1))))(variables)
     want = jax.jit(jax.grad(lambda v: jnp.mean(jnp.square(model.apply(v, x) - 1))))(variables)
-    # three layers of quantized operands forward, three back: 13 % each, stochastic rounding more
-    assert all(relative(a, b) < 0.6 for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True))
+    # up to six products in a row, three forward and three back: sqrt(6) * 13.5 % = 33 %, stochastic rounding more
+    assert all(relative(a, b) < 0.45 for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True))
     trained = jax.tree.map(lambda p, g: p - 0.1 * g, variables, got)
-    qm = jqopt.quantize_model(model, recipe("nvfp4"), params=trained, inputs=x)
+    qm = jqopt.quantize_model(model, "train/nvfp4", params=trained, inputs=x)
     assert set(qm.plan.quantized) == {s.path for s in prepared.plan.trained}
+    jqopt.save(tmp_path / "packed", qm)
+    np.testing.assert_array_equal(jqopt.load(tmp_path / "packed", model)(x), qm(x))
     plain = model.apply(trained, x)
     assert 0.02 < relative(qm(x), plain) < 0.25 and 0.02 < relative(prepared.apply(trained, x), plain) < 0.35
 
