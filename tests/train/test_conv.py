@@ -198,7 +198,7 @@ class Image(nn.Module):
 
 @pytest.mark.slow
 def test_from_training_to_serving(tmp_path):
-    """A Linen model of three convolutions: near the float gradient; packed by its recipe without data, saved, loaded."""
+    """A Linen model of three convolutions: near the float gradient; packed without data, saved, loaded."""
     model, x = Image(), normal(0, (2, 8, 8, 16))
     variables = model.init(KEY, x)
     prepared = train.prepare(model, "train/nvfp4", variables, x)
