@@ -20,20 +20,20 @@ demo: $(READY)  ## quantize the tiny language model of examples/tinylm and show 
 	@JAX_PLATFORMS=cpu $(BIN)/python examples/tinylm/demo.py
 
 test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or browser or thirdparty")
-	@$(BIN)/python -m pytest -n $(WORKERS) -q
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 thirdparty: $(READY)  ## models that others wrote, installed beside the environment
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/thirdparty -r tests/thirdparty/requirements.txt
-	@PYTHONPATH=$(VENV)/thirdparty $(BIN)/python -m pytest -n $(WORKERS) -q -m thirdparty
+	@PYTHONPATH=$(VENV)/thirdparty $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m thirdparty
 
 clients: $(CLIENTS)/.ready  ## exports and decoders beside transformers, compressed-tensors and nvidia-modelopt, in .venv-clients
-	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) -q -m clients tests/export tests/hf
+	@PYTHONPATH=.:kernels $(CLIENTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q -m clients tests/export tests/hf
 
 vllm: $(VLLM)/.ready  ## exports in the CPU build of vLLM, in .venv-vllm; prints the table of docs/export.md
 	@PYTHONPATH=.:kernels $(VLLM)/bin/python -m pytest -q -s -m vllm tests/export
 
 cuda: $(CUDA)/.ready  ## Triton kernels without a GPU: interpreted, compiled and lowered, in .venv-cuda
-	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m "cuda and not long" tests/kernels
+	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q -m "cuda and not long" tests/kernels
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .

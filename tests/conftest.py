@@ -4,9 +4,11 @@ The environment must be set before the first import of JAX, hence here, outside 
 caller has set stays, so that a GPU machine can run `JAX_PLATFORMS=cuda pytest tests/kernels`.
 """
 
+import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import hypothesis
 import pytest
@@ -32,16 +34,58 @@ def still_heap() -> Iterator[None]:
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For files whose tests compile much and compute little: LLVM optimizes nothing, a third of their time.
+# ------------------------------------------------------------------------------------------------------ compilation
 
-    Not for files that compare bits, whose point is what XLA makes of a program. What was compiled so does not outlive
-    the file.
+# What makes XLA compile fast and its programs slow. Loops straight in LLVM and not by way of MLIR, which is half of the
+# time of a quantizer; one object file; no optimization.
+QUICK = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+class Compiler:
+    """XLA's options for what is compiled from now on: quick ones, or those that users have."""
+
+    def __init__(self) -> None:
+        import jax  # not above: see this file's first lines
+        from jax._src import compiler
+
+        self.quick = False
+        self.clear = jax.clear_caches
+        self.options = compiler.get_compile_options  # private: no setting of JAX holds for all programs of a while
+        compiler.get_compile_options = self.given
+
+    def given(self, *args: Any, env_options_overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        mine = QUICK if self.quick else {}
+        return self.options(*args, env_options_overrides={**mine, **(env_options_overrides or {})}, **kwargs)
+
+    def turn(self, quick: bool) -> None:
+        if self.quick and not quick:
+            self.clear()
+        self.quick = quick
+
+
+@functools.cache
+def compiler() -> Compiler:
+    return Compiler()
+
+
+def compiles_quickly(item: pytest.Item) -> bool:
+    """Is this a test that compiles much and computes little, and doesn't ask for programs as users have them?
+
+    `JQOPT_TESTS_OPTIMIZED=1` compiles all as users do.
     """
-    import jax  # not above: see this file's first lines
+    if os.environ.get("JQOPT_TESTS_OPTIMIZED"):
+        return False
+    if any(mark in item.keywords for mark in ("slow", "long", "memory", "thirdparty", "clients", "cuda")):
+        return "quick" in item.keywords
+    return "optimized" not in item.keywords
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    compiler().turn(compiles_quickly(item))
+    return (yield)

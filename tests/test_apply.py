@@ -11,7 +11,6 @@ import pytest
 import jqopt
 from tests import arrays, zoo
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 REFUSED = {zoo.TwoSame: "computed from a by mul", zoo.WeightNorm: "by mul"}
 SITES = {zoo.MHA: 4, zoo.LSTM: 8, zoo.GRU: 6, zoo.Remat: 4, zoo.Scan: 2, zoo.RematScan: 2, zoo.Einsum3: 2, zoo.Tied: 2}
 

@@ -17,8 +17,6 @@ from jqopt import _plan
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 from tests.dataflow_zoo import shapes
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = LlamaConfig(64, 32, 48, 3, 4, 2, 8)
 IDS = jax.ShapeDtypeStruct((2, 6), jnp.int32)
 X = jnp.zeros((2, 5, 32))

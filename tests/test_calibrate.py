@@ -20,8 +20,6 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 64, (12, 8)).astype(np.int32)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def llama(scan: bool):
     model = LlamaForCausalLM(CONFIG, scan_layers=scan)

@@ -18,8 +18,6 @@ import jqopt
 from jqopt import _cli_models, cli
 from jqopt.cli import app
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = Path(__file__).parents[1]
 
 TOYS = '''

@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 
 from jqopt.cli import app
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GOLDEN = Path(__file__).parent / "hf" / "golden" / "mistral"
 WORDS = {f"w{i}": i for i in range(40)}
 

@@ -24,8 +24,6 @@ from jqopt.errors import PlanError, TraceError
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TOKENS = jnp.asarray([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], jnp.int32)
 WORDS = jax.ShapeDtypeStruct((11, 6), jnp.float32)  # an embedding table
 

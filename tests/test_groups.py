@@ -12,8 +12,6 @@ import jqopt
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,

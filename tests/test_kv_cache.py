@@ -15,8 +15,6 @@ from jqopt.hf import decode
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 B, LENGTH, HEADS, D = 2, 12, 2, 32
 CAST = {"format": "fp8", "scaling": "cast"}
 SPECS = {

@@ -12,8 +12,6 @@ import jqopt
 from jqopt import _calibrate, _layerwise, _quantize
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Block(nn.Module):
     @nn.compact

@@ -16,7 +16,7 @@ import jqopt
 from jqopt import _calibrate
 from jqopt.cli import app
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.slow, pytest.mark.quick]
 
 LAYERS, WIDTH, INNER = 32, 32, 48
 CONFIG = {

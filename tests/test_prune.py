@@ -23,7 +23,8 @@ from tests import dataflow_zoo as models
 from tests import zoo
 from tests.dataflow_zoo import CASES, CLASSES, Free
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 TOLERANCE = 1e-5
 

@@ -14,8 +14,6 @@ import jqopt
 from jqopt._report import size
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 X = arrays.normal(0, (4, 32))
 
 

@@ -24,7 +24,8 @@ from jqopt.errors import PlanError, TraceError
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM, untie
 from tests import dataflow_zoo as zoo
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 WORDS = jnp.asarray(np.random.default_rng(3).integers(0, 32, (2, 7)), jnp.int32)
 CONFIG = LlamaConfig(

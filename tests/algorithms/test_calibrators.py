@@ -13,8 +13,6 @@ from jqopt import formats
 from jqopt.algorithms import calibrators, headroom
 from jqopt.errors import PlanError
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 INT8, FP8, NVFP4 = (formats.get(name) for name in ("int8", "fp8", "nvfp4"))
 EVERY = {
     "max": (INT8, {}), "percentile": (INT8, {"percentile": 99.0}), "entropy": (INT8, {}), "mse": (FP8, {}),

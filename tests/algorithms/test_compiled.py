@@ -10,7 +10,7 @@ import jqopt
 from jqopt import _quantize, algorithms
 from tests import arrays
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.slow, pytest.mark.quick]
 
 LAYERWISE = ("qep",)  # what needs it; how often its pieces are compiled: tests/test_layerwise.py
 

@@ -12,7 +12,7 @@ import jqopt
 from jqopt import _distill, algorithms
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
 
 
 class Net(nn.Module):

@@ -17,7 +17,8 @@ from jqopt.algorithms import InputQuantizer, Problem
 from jqopt.algorithms import _statistics as statistics
 from jqopt.algorithms.awq import scale, weight_losses, weight_mean
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "modelopt_golden.npz")
 BATCHES = list(GOLDEN["e2e/llama/calib"])

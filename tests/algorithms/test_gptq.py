@@ -15,8 +15,6 @@ import jqopt
 from jqopt import _numerics, algorithms, formats
 from jqopt.algorithms import Problem, gptq
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 module = importlib.import_module("jqopt.algorithms.gptq")  # the package's name is that of the function in it
 FORMATS = ("int8", "int4", "uint4", "fp8", "nvfp4", "mxfp4", "mxfp8", "mxint8", "nf4")
 N, K, TOKENS = 24, 256, 1024

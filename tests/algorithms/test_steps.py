@@ -13,8 +13,6 @@ from jqopt.algorithms import InputQuantizer, Problem, chain
 from jqopt.algorithms import _statistics as statistics
 from tests import arrays
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 N, K, TOKENS = 32, 64, 512
 
 

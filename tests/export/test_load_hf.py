@@ -14,8 +14,6 @@ from jqopt.errors import CheckpointError, UnsupportedError
 from tests.export import decoders, tiny
 from tests.export.decoders import Stored
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 REAL = Path(__file__).parents[1] / "golden" / "modelopt_exports"
 Q0, GATE0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
 

@@ -12,8 +12,6 @@ from jqopt.hf import NameMap, Rule, load_config, load_model, maps
 from tests.export import decoders, tiny
 from tests.hf.nnx_models import TUNIX, Model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

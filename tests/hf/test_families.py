@@ -22,7 +22,8 @@ from jqopt.hf.config import Experts
 from jqopt.hf.mlp import route
 from tests.hf.zoo import CASES, GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 FOLDER = Path(__file__).parent / "golden"
 

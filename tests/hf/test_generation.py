@@ -15,7 +15,8 @@ from jqopt.errors import UnsupportedError
 from jqopt.hf import generate, init_cache, load_model
 from jqopt.hf.generation import _draw, likeliest
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 GOLDEN = Path(__file__).parent / "golden"
 IDS = np.random.default_rng(1).integers(3, 40, (2, 9)).astype(np.int32)

@@ -12,8 +12,6 @@ import pytest
 from jqopt.errors import UnsupportedError
 from jqopt.hf.llama import LlamaConfig, LlamaForCausalLM, RopeScaling, causal_attention, rope_frequencies
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,

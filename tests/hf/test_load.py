@@ -16,8 +16,6 @@ from jqopt.errors import CheckpointError, UnsupportedError
 from jqopt.hf import families, load_config, load_model
 from jqopt.hf.families import LLAMA
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 50,

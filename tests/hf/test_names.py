@@ -18,8 +18,6 @@ from jqopt.hf import NameMap, Rule, load_config, maps
 from jqopt.hf.axes import parse
 from tests.hf.nnx_models import BONSAI, TUNIX, Model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GOLDEN = Path(__file__).parent / "golden"
 
 

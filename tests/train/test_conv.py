@@ -22,7 +22,8 @@ from tests import zoo
 from tests.arrays import normal
 from tests.train.images import KEY, NEAREST, NHWC, conv, gradients, recipe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.quick
+
 
 FLOAT = _linear.Gemms((None, None), (None, None), (None, None))
 

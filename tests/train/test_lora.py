@@ -11,8 +11,6 @@ import jqopt
 from jqopt import train
 from tests import zoo
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def rules(weight, activation=None) -> dict:
     rule = {"match": "*", "weight": weight, **({"input": activation} if activation else {})}
