@@ -8,10 +8,12 @@ READY   := $(VENV)/.ready
 CLIENTS := .venv-clients
 VLLM    := .venv-vllm
 CUDA    := .venv-cuda
+BITS    := tests/test_numerics.py tests/test_qtensor.py tests/test_golden_te.py tests/test_golden_modelopt.py \
+           tests/kernels/test_contract.py tests/train/test_linear.py tests/train/test_low.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thirdparty clients vllm cuda lint check bench fmt clean
+.PHONY: help demo test bits thirdparty clients vllm cuda lint check bench fmt clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +23,9 @@ demo: $(READY)  ## quantize the tiny language model of examples/tinylm and show 
 
 test: $(READY)  ## the fast tests (the others: pytest -m "slow or install or memory or browser or thirdparty")
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
+bits: $(READY)  ## of the fast tests those that compare bits, compiled as users compile them (see tests/conftest.py)
+	@JQOPT_TESTS_OPTIMIZED=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q $(BITS)
 
 thirdparty: $(READY)  ## models that others wrote, installed beside the environment
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/thirdparty -r tests/thirdparty/requirements.txt

@@ -76,7 +76,7 @@ def compiler() -> Compiler:
 def compiles_quickly(item: pytest.Item) -> bool:
     """Is this a test that compiles much and computes little, and doesn't ask for programs as users have them?
 
-    `JQOPT_TESTS_OPTIMIZED=1` compiles all as users do.
+    `JQOPT_TESTS_OPTIMIZED=1` compiles all as users do; `make bits` does so for the files that compare bits.
     """
     if os.environ.get("JQOPT_TESTS_OPTIMIZED"):
         return False

@@ -266,6 +266,7 @@ def best_clip_of_a_gaussian(most: int) -> float:
                             for a in clips])]  # fmt: skip
 
 
+@pytest.mark.optimized  # computes more than it compiles
 @pytest.mark.parametrize(("name", "expected"), [("int4", 2.475), ("int8", 3.92)])
 def test_mse_finds_the_clip_of_a_gaussian(name, expected):
     """The data are a million quantiles of |x|, without noise in the tail; candidates lie 1.1 % apart.

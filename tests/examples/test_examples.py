@@ -56,6 +56,7 @@ def test_plain_function(tmp_path):
     assert 1 < relative_error(text) < 30  # six layers of NVFP4, about 10% of noise in weight and input each
 
 
+@pytest.mark.slow
 def test_export_hf(tmp_path):
     text = output_of("export_hf.py", folder=tmp_path)
     assert "compressed-tensors, 28 x FP8" in text
@@ -64,6 +65,7 @@ def test_export_hf(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_rotate(tmp_path):
     text = output_of("rotate.py", folder=tmp_path)
     rows = re.findall(r"^(.*): float change (\S+), INT8 error ([\d.]+)%$", text, re.MULTILINE)
@@ -72,6 +74,7 @@ def test_rotate(tmp_path):
     assert float(after) < float(before) / 2  # three channels a hundred times the others, spread over 256
 
 
+@pytest.mark.slow
 def test_generate(tmp_path):
     text = output_of("generate.py", folder=tmp_path)
     blocks = re.split(r"^--- .*$", text, flags=re.MULTILINE)[1:]

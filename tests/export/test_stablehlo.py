@@ -112,6 +112,7 @@ def test_weights_are_packed_arguments(model, folder, artifact):
 # ---- a process of its own
 
 
+@pytest.mark.optimized  # as the server's process compiles
 def test_a_server_without_flax_and_without_us(model, folder, tmp_path):
     """The program in docs/export.md, where importing Flax or jqopt fails."""
     code = re.search(r"```python\n(# serve\.py.*?)```", DOCS.read_text(), re.DOTALL)
