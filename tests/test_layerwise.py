@@ -12,6 +12,8 @@ import jqopt
 from jqopt import _calibrate, _layerwise, _quantize
 from tests import arrays
 
+pytestmark = pytest.mark.quick
+
 
 class Block(nn.Module):
     @nn.compact
@@ -68,6 +70,7 @@ def error(qm, net, v) -> float:
     return float(jnp.linalg.norm(qm(X) - want) / jnp.linalg.norm(want))
 
 
+@pytest.mark.slow
 def test_a_layer_sees_what_the_quantized_layers_before_it_give(monkeypatch):
     """Second moments at each site, by hand: the model with the weights before it decoded and activations rounded."""
     net, seen = Net(), {}
@@ -102,8 +105,11 @@ def test_a_layer_sees_what_the_quantized_layers_before_it_give(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["gptq", ["qep", "gptq"], ["smoothquant", "qep", {"name": "svdquant", "rank": 2}, "gptq"]], ids=str
-)
+    "algorithm",
+    ["gptq", *(pytest.param(a, marks=pytest.mark.slow)
+               for a in (["qep", "gptq"], ["smoothquant", "qep", {"name": "svdquant", "rank": 2}, "gptq"]))],
+    ids=str,
+)  # fmt: skip
 def test_stacked_layers_are_solved_as_unrolled_ones(algorithm):
     net, scanned = Net(), Net(scanned=True)
     v = variables(net)

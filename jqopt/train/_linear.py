@@ -238,7 +238,7 @@ def _whole(gather: Gather, p: Packed, q: Quantizer, axis: int, k: int) -> tuple[
 
 def _dithers(key: Array, copies: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, Array]:
     """Random numbers for copies of dy, {axis: of its shape}: each has its own, of one shape they are drawn at once."""
-    keys = _dither.folded(key[:2], np.asarray([_COPY[axis] for axis, _ in copies], np.uint32))
+    keys = key[:2] ^ np.asarray([_COPY[axis] for axis, _ in copies], np.uint32)
     if len({shape for _, shape in copies}) == 1:
         drawn = list(_dither.uniform(keys, copies[0][1], key[2], key[3]))
     else:
@@ -246,7 +246,8 @@ def _dithers(key: Array, copies: Sequence[tuple[int, tuple[int, ...]]]) -> dict[
     return {axis: numbers for (axis, _), numbers in zip(copies, drawn, strict=True)}
 
 
-_COPY = {ROWS: 1, COLUMNS: 2}
+_COPY = {ROWS: (0x9E3779B9, 0x7F4A7C15), COLUMNS: (0xF39CC060, 0x5CEDC834)}
+"""What a copy's key differs by: Threefry's streams of two keys have nothing in common, however alike these are."""
 
 
 def _no_gradient(x: Array | None) -> Any:

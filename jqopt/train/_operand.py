@@ -148,7 +148,8 @@ def _scales(m: Measured, q: Quantizer, axis: int, given: Array | None) -> _Scale
         return _Scales(scale, None, divide(1.0, scale))
     if f.global_scale:
         whole = quantizers.encode_scale(m.whole, f.element.max * q.scale_max)
-        scale = quantizers.block_scale(m.tiles, whole, q.scale_up)
+        # written: XLA would compute each tile's scale again for each of its values, in every kernel that reads it
+        scale = written(quantizers.block_scale(m.tiles, whole, q.scale_up))
         return _Scales(quantizers.block_encode_scale(scale, whole), scale, _global(m.whole, q))
     if f.scale.name == "e8m0":
         exponent = exponent_from_amax(m.tiles, f.element.max)

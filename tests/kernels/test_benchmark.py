@@ -54,6 +54,7 @@ def test_an_op_without_a_case_is_told(monkeypatch, capsys):
         assert f"no case for op {op!r}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_other_ops_are_held_to_their_oracle_and_timed(tmp_path):
     def timed(op: str, size: int) -> dict:
@@ -129,6 +130,7 @@ def test_what_fails_has_a_row_and_the_table_goes_on(tmp_path, monkeypatch, capsy
     assert benchmark.main([]) == 0
 
 
+@pytest.mark.slow
 def test_a_gpu_has_no_more_cases_than_one_call_can_run(monkeypatch):
     """Some seven seconds each, in nine minutes; every format, every op, all rows of the first target among them."""
     monkeypatch.setattr(kernel_cases.jax, "default_backend", lambda: "gpu")

@@ -45,7 +45,14 @@ def test_the_formula():
     np.testing.assert_allclose(lora.apply(adapters, qm.quant, x), qm(x) + 6 / 4 * (x @ a.T) @ b.T, rtol=1e-5, atol=1e-5)
 
 
-MODELS = [zoo.Dense, zoo.RematScan, zoo.Vmapped, zoo.MHA, zoo.Ragged, zoo.MoEBatched]
+MODELS = [
+    zoo.Dense,
+    pytest.param(zoo.RematScan, marks=pytest.mark.slow),
+    zoo.Vmapped,
+    zoo.MHA,
+    zoo.Ragged,
+    zoo.MoEBatched,
+]
 
 
 @pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
