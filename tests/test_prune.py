@@ -25,7 +25,6 @@ from tests.dataflow_zoo import CASES, CLASSES, Free
 
 pytestmark = pytest.mark.quick
 
-
 TOLERANCE = 1e-5
 
 

@@ -24,7 +24,6 @@ from tests.train.images import KEY, NEAREST, NHWC, conv, gradients, recipe
 
 pytestmark = pytest.mark.quick
 
-
 FLOAT = _linear.Gemms((None, None), (None, None), (None, None))
 
 
