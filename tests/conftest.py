@@ -46,6 +46,21 @@ QUICK = {
 }
 
 
+# Tests of these kinds compute, or show what users get.
+AS_USERS_DO = ("optimized", "slow", "long", "install", "memory", "thirdparty", "clients", "vllm", "cuda", "browser")
+
+
+def _known(name: str, value: Any) -> bool:
+    """Has this version of XLA the option? They come and go; without one, tests only take longer."""
+    import jax
+
+    try:
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 class Compiler:
     """XLA's options for what is compiled from now on: quick ones, or those that users have."""
 
@@ -54,12 +69,13 @@ class Compiler:
         from jax._src import compiler
 
         self.quick = False
+        self.mine = {name: value for name, value in QUICK.items() if _known(name, value)}
         self.clear = jax.clear_caches
         self.options = compiler.get_compile_options  # private: no setting of JAX holds for all programs of a while
         compiler.get_compile_options = self.given
 
     def given(self, *args: Any, env_options_overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        mine = QUICK if self.quick else {}
+        mine = self.mine if self.quick else {}
         return self.options(*args, env_options_overrides={**mine, **(env_options_overrides or {})}, **kwargs)
 
     def turn(self, quick: bool) -> None:
@@ -78,11 +94,9 @@ def compiles_quickly(item: pytest.Item) -> bool:
 
     `JQOPT_TESTS_OPTIMIZED=1` compiles all as users do; `make bits` does so for the files that compare bits.
     """
-    if os.environ.get("JQOPT_TESTS_OPTIMIZED"):
+    if os.environ.get("JQOPT_TESTS_OPTIMIZED") or os.environ["JAX_PLATFORMS"] != "cpu":
         return False
-    if any(mark in item.keywords for mark in ("slow", "long", "memory", "thirdparty", "clients", "cuda")):
-        return "quick" in item.keywords
-    return "optimized" not in item.keywords
+    return item.get_closest_marker("quick") is not None or not any(map(item.get_closest_marker, AS_USERS_DO))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
