@@ -11,6 +11,7 @@ each site, and an operator of `jnp` takes three times as long to trace.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -41,13 +42,16 @@ def divide(x: Array | float, y: Array | float) -> Array:
     XLA turns `x / constant` and `x / broadcast(s)` into a product with the reciprocal, which differs in a third of all
     results; a divisor that depends on x (only formally: x != x is false) keeps the division.
     """
-    if not (isinstance(x, Array) and isinstance(y, Array)):
-        return x / jnp.where(x != x, 1.0, y)
+    if not isinstance(x, Array):
+        return x / jnp.asarray(y)
+    if np.ndim(y) == 0 and not isinstance(y, Array):
+        return _over(x, np.asarray(y, x.dtype))
+    y = jnp.asarray(y)
     x, y = jnp.broadcast_arrays(x, y) if x.shape != y.shape else (x, y)
-    return lax.div(x, lax.select_n(lax.ne(x, x), y, lax.full_like(y, 1.0)))
+    return lax.div(x, lax.select_n(lax.ne(x, x), y, x))
 
 
-def _over(x: Array, y: Array) -> Array:
+def _over(x: Array, y: Array | np.ndarray) -> Array:
     """`divide` in half the steps, where nobody asks for the gradient of y: a clamp to [y, y] depends on x formally."""
     return lax.div(x, lax.clamp(y, x, y))
 
@@ -58,8 +62,19 @@ def written(x: Array) -> Array:
     A division is too costly for XLA to repeat; an optimization barrier is gone before it fuses on CPUs. So the kernels
     of a quantizer hold nothing but the quantizer, and are compiled once for all sites of a shape.
     """
-    x = x.astype(jnp.float32)
-    return _over(x, lax.full_like(x, 1.0))
+    return _over(x.astype(jnp.float32), np.float32(1))
+
+
+def replaced(x: Array, where: Array, by: float) -> Array:
+    """x with a constant in place of the values, none of them NaN, where a condition holds.
+
+    The constant is made from x. An array of equal numbers that depends on nothing JAX takes out of a scan that is
+    differentiated; XLA then keeps it in memory, and compiles a kernel that fills it.
+    """
+    constant = np.asarray(by, x.dtype)
+    if by != by:
+        return lax.select_n(where, x, from_bits(lax.bitwise_or(to_bits(x), _word(by))))
+    return lax.select_n(where, x, lax.clamp(constant, x, constant))
 
 
 # Elements: one code for one value -----------------------------------------------------------------------------------
@@ -95,7 +110,7 @@ def decode(codes: Array, element: Element) -> Array:
 
 
 def round_to(x: Array, element: Element, dither: Array | None = None, exact: bool = True) -> Array:
-    """decode(encode(x, dither)), bit for bit, without going through the codes; but NaN stays NaN, unless dithered.
+    """decode(encode(x, dither)), bit for bit, without going through the codes; but NaN stays NaN.
 
     `exact=False`: a zero has the sign of x, in every element.
     """
@@ -106,10 +121,24 @@ def round_to(x: Array, element: Element, dither: Array | None = None, exact: boo
     if dither is not None:
         bits = to_bits(x)
         rounded = _round_magnitude(_magnitude(bits, element), element, dither)
-        return from_bits(lax.bitwise_or(to_bits(rounded), _sign(bits, element)))
+        values = from_bits(lax.bitwise_or(to_bits(rounded), _sign(bits, element)))
+        return lax.select_n(lax.ne(x, x), values, x)
     most = np.float32(element.max)
     x = lax.clamp(-most, x if x.dtype == jnp.float32 else x.astype(jnp.float32), most)
     return _round_float(x, element, signed_zero=element.signed_zero or not exact)
+
+
+def round_scale(x: Array) -> Array:
+    """float32 that isn't negative, rounded to the values of e4m3; NaN stays NaN."""
+    x = lax.clamp(np.float32(0), x, np.float32(E4M3.max))
+    return _round_float(x, E4M3, signed_zero=True, magnitude=x)
+
+
+def scale_codes(scale: Array) -> Array:
+    """Codes in e4m3, uint8, of float32 that are values of it and not negative (or NaN): `_decode_float` in reverse."""
+    half = lax.convert_element_type(lax.mul(scale, np.float32(2.0 ** (E4M3.bias - 15))), np.float16)
+    code = lax.shift_right_logical(lax.bitcast_convert_type(half, np.uint16), np.uint16(10 - E4M3.mantissa_bits))
+    return lax.convert_element_type(lax.min(code, np.uint16(0x7F)), np.uint8)
 
 
 def _round_float(x: Array, element: Element, signed_zero: bool, magnitude: Array | None = None) -> Array:
@@ -147,7 +176,7 @@ def _sign(bits: Array, element: Element) -> Array:
     if element.signed_zero:
         return sign
     zero = lax.lt(lax.bitwise_and(bits, np.uint32(_MAGNITUDE)), np.uint32(_SMALLEST_NORMAL))
-    return lax.select_n(zero, sign, lax.full_like(sign, 0))
+    return replaced(sign, zero, 0)
 
 
 def _steps(magnitude: Array, element: Element, dither: Array | None) -> tuple[Array, Array]:
@@ -191,7 +220,7 @@ def _decode_float(codes: Array, element: Element) -> Array:
     half = lax.bitcast_convert_type(sign | magnitude << (10 - element.mantissa_bits), jnp.float16)
     value = half.astype(jnp.float32) * 2.0 ** (15 - element.bias)
     if element == E4M3:  # the one float of ours whose NaN looks like a number in float16
-        return jnp.where(magnitude == 0x7F, jnp.nan, value)
+        return replaced(value, magnitude == 0x7F, jnp.nan)
     return value
 
 
@@ -356,7 +385,7 @@ def _scale_max(format: Format) -> float:
 
 
 def _safe(scale: Array) -> Array:
-    return jnp.where(scale < TINY, 1.0, scale)
+    return replaced(scale, lax.lt(scale, np.float32(TINY)), 1)
 
 
 def exponent_from_amax(amax: Array, largest: float, exact: bool = True) -> Array:
@@ -372,11 +401,11 @@ def exponent_from_amax(amax: Array, largest: float, exact: bool = True) -> Array
     up = _word(2.0) - _word(2 * mantissa) - np.uint32(1)
     bits = to_bits(amax)
     exponent = lax.sub(lax.shift_right_logical(lax.add(bits, up), np.uint32(23)), np.uint32(power - 1))
-    exponent = lax.select_n(lax.lt(bits, _word(largest * 2.0**-126)), exponent, lax.full_like(exponent, 0))
-    exponent = lax.select_n(lax.eq(bits, np.uint32(_INFINITY)), exponent, lax.full_like(exponent, 127))
+    exponent = replaced(exponent, lax.lt(bits, _word(largest * 2.0**-126)), 0)
+    exponent = replaced(exponent, lax.eq(bits, np.uint32(_INFINITY)), 127)
     if not exact:
         return exponent
-    return lax.select_n(lax.gt(bits, np.uint32(_INFINITY)), exponent, lax.full_like(exponent, _E8M0_NAN))
+    return replaced(exponent, lax.gt(bits, np.uint32(_INFINITY)), _E8M0_NAN)
 
 
 def decode_scale(scale: Array, format: Format) -> Array:
@@ -384,7 +413,7 @@ def decode_scale(scale: Array, format: Format) -> Array:
     if format.scale.name == "e4m3":
         return decode(scale, E4M3)
     if format.scale.name == "e8m0":
-        return jnp.where(scale == _E8M0_NAN, jnp.nan, from_bits(scale.astype(jnp.uint32) << 23))
+        return replaced(from_bits(scale.astype(jnp.uint32) << 23), scale == _E8M0_NAN, jnp.nan)
     return scale
 
 
@@ -422,7 +451,7 @@ def _find_scales(
         whole = amax_of(amax, (-2, -1)) if tensor_amax is None else jnp.asarray(tensor_amax)
         tensor_scale = scale_from_amax(whole, format)
     if format.then is not None:
-        scale = _safe(divide(amax, lax.full_like(amax, format.element.max)))
+        scale = _safe(divide(amax, format.element.max))
         return _Scales(scale, scale, jnp.broadcast_to(tensor_scale.astype(jnp.float32), amax.shape[:-2]))
     if format.global_scale and len(format.ranges) > 1 and tile_amax is None:
         return _best_range(tiles, amax, tensor_scale, format)
@@ -435,23 +464,23 @@ def _find_scales(
 def _two_level_scales(amax: Array, global_scale: Array, format: Format) -> _Scales:
     """Block scales in e4m3 under a float32 global one (ModelOpt's export): e4m3(amax / (6 * global))."""
     whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
-    scale = _over_few(amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
+    scale = along_rows(_over, amax, _per_matrix(lax.mul(whole, np.float32(format.element.max)), amax))
     # clamped as bits, so that a NaN becomes the largest scale: it must not spread over its block
     within = from_bits(lax.clamp(_word(2.0**-9), to_bits(scale), _word(E4M3.max)))
     rounded = _round_float(within, E4M3, signed_zero=True, magnitude=within)
-    stored = lax.select_n(lax.eq(scale, np.float32(0)), rounded, lax.full_like(scale, 1.0))
+    stored = replaced(rounded, lax.eq(scale, np.float32(0)), 1)
     return _Scales(stored, lax.mul(rounded, _per_matrix(whole, scale)), whole)  # a block of zeros: any divisor will do
 
 
-def _over_few(x: Array, y: Array) -> Array:
-    """`_over` of scales [..., rows, cols]; computed along the rows where there are few columns.
+def along_rows(divided: Callable[..., Array], x: Array, *others: Array) -> Array:
+    """An elementwise function of scales [..., rows, cols] that divides, computed along the rows if columns are few.
 
     A division is a kernel of its own. LLVM unrolls its loop over few columns altogether, and takes 100 ms for it.
     """
     cols = x.shape[-1]
     if not isinstance(cols, int) or cols > 32:
-        return _over(x, y)
-    return jnp.matrix_transpose(_over(jnp.matrix_transpose(x), jnp.matrix_transpose(y)))
+        return divided(x, *others)
+    return jnp.matrix_transpose(divided(*(jnp.matrix_transpose(each) for each in (x, *others))))
 
 
 def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
@@ -460,9 +489,7 @@ def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) 
     raw, divisor, least = each[0].raw, _divisor(each[0]), jnp.full_like(amax, jnp.inf)
     for found in each:
         factor = _divisor(found)
-        wrong = lax.sub(
-            lax.mul(round_to(divide(tiles, _met(factor, tiles)), format.element), _met(factor, tiles)), tiles
-        )
+        wrong = lax.sub(lax.mul(round_to(divide(tiles, met(factor, tiles)), format.element), met(factor, tiles)), tiles)
         error = jnp.sum(jnp.square(wrong), axis=(-3, -1))
         better = lax.lt(error, least)
         raw, divisor = lax.select_n(better, raw, found.raw), lax.select_n(better, divisor, factor)
@@ -490,7 +517,7 @@ def _asymmetric_scales(tiles: Array, format: Format, ends: Array) -> _Scales:
     """Scales and zero points of unsigned integers, from the ends of each tile's range [..., rows, cols, 2]."""
     low, high = ends[..., 0], ends[..., 1]
     scale = _safe(divide(high - low, format.element.max))
-    scale = jnp.where(jnp.isnan(amax_of(tiles, (-3, -1))), jnp.nan, scale)
+    scale = replaced(scale, jnp.isnan(amax_of(tiles, (-3, -1))), jnp.nan)
     zero_point = encode(divide(-low, scale), format.element)
     return _Scales(scale, scale, None, zero_point)
 
@@ -583,8 +610,8 @@ def qdq_matrix(
     else:
         values = round_to(scaled, format.element, exact=exact)
     if scales.divisor is None:
-        return from_tiles(lax.mul(values, _met(_power(scales.raw), values)), *x.shape[-2:])
-    whole = from_tiles(lax.mul(values, _met(scales.divisor, values)), *x.shape[-2:])
+        return from_tiles(lax.mul(values, met(_power(scales.raw), values)), *x.shape[-2:])
+    whole = from_tiles(lax.mul(values, met(scales.divisor, values)), *x.shape[-2:])
     return whole if format.then is None else _then(whole, scales.global_scale, format)
 
 
@@ -636,11 +663,11 @@ def _prepare(x, format, granularity, tensor_amax, tensor_scale, tile_amax=None, 
 def _scaled(tiles: Array, scales: _Scales, format: Format) -> Array:
     if scales.divisor is None:  # times 2^-e: exact, and 2^-e is a normal number for every e that occurs
         inverse = from_bits(lax.shift_left(lax.sub(np.uint32(254), scales.raw), np.uint32(23)))
-        return lax.mul(tiles, _met(inverse, tiles))
-    return _over(tiles, _met(scales.divisor, tiles))
+        return lax.mul(tiles, met(inverse, tiles))
+    return _over(tiles, met(scales.divisor, tiles))
 
 
-def _met(per_tile: Array, tiles: Array) -> Array:
+def met(per_tile: Array, tiles: Array) -> Array:
     """[..., rows, cols] repeated to the shape of the tiles [..., rows, r, cols, c]."""
     lead = range(per_tile.ndim - 2)
     return lax.broadcast_in_dim(per_tile, tiles.shape, (*lead, len(lead), len(lead) + 2))
@@ -660,5 +687,5 @@ def _times_power(x: Array, e8m0: Array) -> Array:
     """x * 2^(bits - 127) in two exact steps: 2^-127 itself is subnormal, the product usually is not."""
     half = e8m0.astype(jnp.uint32) >> 1
     rest = e8m0.astype(jnp.uint32) - half
-    first = jnp.where(e8m0 == _E8M0_NAN, jnp.nan, from_bits((half + 64) << 23))
+    first = replaced(from_bits((half + 64) << 23), e8m0 == _E8M0_NAN, jnp.nan)
     return x * first * from_bits((rest + 63) << 23)

@@ -45,13 +45,6 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Ar
     return lax.fori_loop(1, 6, rounds, (start, keys, turns))[0]
 
 
-@jax.jit
-def folded(key: Array, number: Array | np.uint32 | int) -> Array:
-    """New keys, uint32 [..., 2], from keys [..., 2] and numbers [...]; as `jax.random.fold_in` of a threefry key."""
-    number = jnp.asarray(number, jnp.uint32)
-    return jnp.stack(threefry((key[..., 0], key[..., 1]), (jnp.zeros_like(number), number)), axis=-1)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def uniform(key: Array, shape: tuple[int, ...], row: Array | int = 0, column: Array | int = 0) -> Array:
     """float32 numbers (n + 1/2) / 2^16, n of 16 random bits, for values [..., r, c]; leading axes count as rows.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class Gemms:
 
     `dtypes`: of x, w and y. `amax_axes`: mesh axes of a shard_map over which largest values are shared. `spread`: how
     many devices' cotangents of the delayed scales are summed. `windows`: of a convolution, whose x is an image, and
-    whose rows are its windows. `gather`: where w lies cut over a mesh, how its codes are gathered.
+    whose rows are its windows. `gather`: where w lies cut over a mesh, how its codes are gathered. `salt`: what this
+    site's keys differ by from those of others.
     """
 
     input: tuple[Quantizer | None, Quantizer | None]
@@ -54,6 +56,7 @@ class Gemms:
     where: str = ""
     windows: Windows | None = None
     gather: Gather | None = None
+    salt: tuple[int, int] = (0, 0)
 
     @property
     def stochastic(self) -> bool:
@@ -77,18 +80,29 @@ class Gemms:
         return pinned(x) if self.windows is None else self.windows.rows(pinned(x))
 
 
-def gemms(spec: TrainSpec, ragged: bool = False, where: str = "") -> Gemms:
-    """What a recipe's section asks of a site. Ragged products have no Hadamard transform: it would mix groups."""
+def gemms(spec: TrainSpec, ragged: bool = False, where: str = "", name: str = "") -> Gemms:
+    """What a recipe's section asks of a site. Ragged products have no Hadamard transform: it would mix groups.
+
+    Args:
+        name: by which its random numbers are told from those of other sites.
+    """
 
     def both(o: Any) -> tuple[Quantizer | None, Quantizer | None]:
         return (None, None) if o is None else (quantizer(o), quantizer(o.columns, hadamard=not ragged))
 
     operands = (both(spec.input), both(spec.weight), both(spec.grad))
-    return Gemms(*operands, spec.backward, spec.amax_scope, ragged=ragged, where=where)
+    first, second, *_ = np.frombuffer(hashlib.sha256(name.encode()).digest(), "<u4").tolist()
+    return Gemms(*operands, spec.backward, spec.amax_scope, ragged=ragged, where=where, salt=(first, second))
 
 
 def linear(
-    how: Gemms, x: Array, w: Array, scales: Array | None = None, key: Array | None = None, groups: Array | None = None
+    how: Gemms,
+    x: Array,
+    w: Array,
+    scales: Array | None = None,
+    key: Array | None = None,
+    groups: Array | None = None,
+    place: Array | None = None,
 ) -> Array:
     """x [*stack, m, k] times w [*stack, n, k], transposed, on quantized operands: [*stack, m, n] in y's dtype.
 
@@ -96,15 +110,15 @@ def linear(
         x: with `how.windows` the input of a convolution; it is kept as such where its windows are not quantized.
         scales: of delayed scaling: encode scales float32 [3] of x, w and dy. Their cotangent is not a derivative but
             the largest values of this step, float32 [3].
-        key: uint32 [4] for stochastic rounding of dy: two words of a key, the first row and the first column that this
-            device holds. Only gradients need it.
+        key: uint32 [2] for stochastic rounding of dy: the step's and layer's. Only gradients need it.
         groups: of ragged products (x [m, k], w [g, n, k]): int32 [g], how many rows each w has.
+        place: uint32 [2], the first row and the first column of dy that this device holds, where it holds a part.
     """
-    return checkpoint_name(_product(how, x, w, scales, key, groups), NAME)
+    return checkpoint_name(_product(how, x, w, scales, (key, place), groups), NAME)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any) -> Array:
+def _product(how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any) -> Array:
     return _forward(how, x, w, scales, groups, False)[0]
 
 
@@ -182,13 +196,13 @@ def _shared(measured: list[tuple[Quantizer, Measured]], axes: tuple[str, ...]) -
     return out
 
 
-def _fwd(how: Gemms, x: Array, w: Array, scales: Any, key: Any, groups: Any) -> tuple[Array, Any]:
+def _fwd(how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any) -> tuple[Array, Any]:
     y, kept = _forward(how, x, w, scales, groups, True)
-    return y, (kept, key, groups)
+    return y, (kept, random, groups)
 
 
 def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
-    (kept, like, scales, amax), key, groups = residuals
+    (kept, like, scales, amax), (key, place), groups = residuals
     if how.stochastic and key is None:
         raise UnsupportedError(
             f"{how.where or 'a linear layer'}: its recipe rounds gradients stochastically, and this gradient was asked "
@@ -202,7 +216,7 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
     measured = _shared([(q, measure(dy, q, axis)) for q, axis in wanted], how.amax_axes)
     given = None if scales is None else scales[GRAD]
     drawn = [(axis, m.values.shape) for (q, axis), m in zip(wanted, measured, strict=True) if q.stochastic]
-    dithers = _dithers(key, drawn) if drawn else {}
+    dithers = _dithers(copy_keys(how, key, [axis for axis, _ in drawn]), drawn, place) if drawn else {}
 
     def copy(q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
         if q is None:
@@ -227,7 +241,7 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
         largest = jnp.max(measured[0].whole) if measured else jnp.zeros((), jnp.float32)
         seen = jnp.stack([*amax, largest]) * jnp.float32(1 / how.spread)
         seen = _compat.vary(seen, _compat.varying(scales))  # their sum over the devices is the largest value again
-    return dx, dw, seen, _no_gradient(key), _no_gradient(groups)
+    return dx, dw, seen, (_no_gradient(key), _no_gradient(place)), _no_gradient(groups)
 
 
 def _whole(gather: Gather, p: Packed, q: Quantizer, axis: int, k: int) -> tuple[Array, Array | None]:
@@ -236,18 +250,24 @@ def _whole(gather: Gather, p: Packed, q: Quantizer, axis: int, k: int) -> tuple[
     return gather.gathered(values), scale
 
 
-def _dithers(key: Array, copies: Sequence[tuple[int, tuple[int, ...]]]) -> dict[int, Array]:
-    """Random numbers for copies of dy, {axis: of its shape}: each has its own, of one shape they are drawn at once."""
-    keys = key[:2] ^ np.asarray([_COPY[axis] for axis, _ in copies], np.uint32)
-    if len({shape for _, shape in copies}) == 1:
-        drawn = list(_dither.uniform(keys, copies[0][1], key[2], key[3]))
-    else:
-        drawn = [_dither.uniform(k, shape, key[2], key[3]) for k, (_, shape) in zip(keys, copies, strict=True)]
-    return {axis: numbers for (axis, _), numbers in zip(copies, drawn, strict=True)}
+def copy_keys(how: Gemms, key: Array, axes: Sequence[int]) -> Array:
+    """Keys of the copies of dy that are contracted along these axes, uint32 [copies, 2]: the site's and copy's words go
+    into the step's key."""
+    return key ^ np.asarray([[a ^ b for a, b in zip(_COPY[axis], how.salt, strict=True)] for axis in axes], np.uint32)
 
 
 _COPY = {ROWS: (0x9E3779B9, 0x7F4A7C15), COLUMNS: (0xF39CC060, 0x5CEDC834)}
 """What a copy's key differs by: Threefry's streams of two keys have nothing in common, however alike these are."""
+
+
+def _dithers(keys: Array, copies: Sequence[tuple[int, tuple[int, ...]]], place: Array | None) -> dict[int, Array]:
+    """Random numbers for copies of dy, {axis: of its shape}: each has its own, of one shape they are drawn at once."""
+    row, column = (0, 0) if place is None else (place[0], place[1])
+    if len({shape for _, shape in copies}) == 1:
+        drawn = list(_dither.uniform(keys, copies[0][1], row, column))
+    else:
+        drawn = [_dither.uniform(k, shape, row, column) for k, (_, shape) in zip(keys, copies, strict=True)]
+    return {axis: numbers for (axis, _), numbers in zip(copies, drawn, strict=True)}
 
 
 def _no_gradient(x: Array | None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from jqopt._recipe import Recipe, load_recipe
 from jqopt._stage import Function
 from jqopt._trace import Site
 from jqopt.errors import PlanError, UnsupportedError
-from jqopt.train import _dither, _gather, _low_ops, _low_plan
+from jqopt.train import _gather, _low_ops, _low_plan
 from jqopt.train._linear import NAME, Gemms
 from jqopt.train._low_plan import Trained, TrainPlan
 from jqopt.train._operand import Quantizer
@@ -171,24 +170,12 @@ def key_data(key: Any) -> Array | None:
     return data[:2] if data.shape[0] == 2 else data[:2] ^ data[-2:]
 
 
-def site_keys(key: Array, sites: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Keys of the layers of sites, uint32 [*outer, 2] of {name: outer}.
-
-    Each from the step's key, the site's name and the layer's number; all in three loops, however many sites there are.
-    """
-    words = np.stack([np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u4") for name in sites], axis=1)
-    for word in words.astype(np.uint32):
-        key = _dither.folded(key, word)
-    sizes = [math.prod(outer) for outer in sites.values()]
-    stacked = [i for i, outer in enumerate(sites.values()) if outer]
-    found = {name: key[i] for i, name in enumerate(sites)}
-    if stacked:
-        at = np.repeat(np.asarray(stacked), [sizes[i] for i in stacked])
-        numbers = np.concatenate([np.arange(sizes[i], dtype=np.uint32) for i in stacked])
-        layers = jnp.split(_dither.folded(key[at], numbers), np.cumsum([sizes[i] for i in stacked])[:-1])
-        names = list(sites)
-        found |= {names[i]: each.reshape(*sites[names[i]], 2) for i, each in zip(stacked, layers, strict=True)}
-    return found
+def layer_keys(key: Array, outer: tuple[int, ...]) -> Array:
+    """The step's key for each layer of scans, uint32 [*outer, 2]: its first word counts them. (A site has words of its
+    own, `_linear.copy_keys`: of keys that differ in one bit Threefry's streams have nothing in common.)"""
+    numbers = np.zeros((*outer, 2), np.uint32)
+    numbers[..., 0] = np.arange(math.prod(outer)).reshape(outer)
+    return key + numbers
 
 
 def _start(plan: TrainPlan, key: Array | None, state: Any) -> State:
@@ -199,12 +186,10 @@ def _start(plan: TrainPlan, key: Array | None, state: Any) -> State:
             f"{missing[0]}: recipe {plan.recipe.name!r} scales by the largest values of past steps; pass "
             "quant_state=prepared.init_state(), then what prepared.next_state gives"
         )
-    stochastic = {s.key: s.outer for s in plan.trained if s.gemms is not None and s.gemms.stochastic}
-    keys = site_keys(key, stochastic) if key is not None and stochastic else {}
     start: State = {}
     for s in plan.trained:
         assert s.gemms is not None
-        start[s.key] = {"key": keys[s.key]} if s.key in keys else {}
+        start[s.key] = {"key": layer_keys(key, s.outer)} if key is not None and s.gemms.stochastic else {}
         if s.gemms.delayed:
             start[s.key]["scale"] = state[s.key]["scale"]
     return start
@@ -303,7 +288,7 @@ class Trainer:
         made = _apply.placed(functools.partial(_low_ops.OPS[site.op], eqn, site, how, self.differ[address]), out)
         result = made(*values, mine.get("scale"), mine.get("key"))
         if "key" in mine:  # another use of the site, in a loop that isn't over its layers, draws other numbers
-            mine = {**mine, "key": mine["key"] + jnp.asarray([0, 1], jnp.uint32)}
+            mine = {**mine, "key": mine["key"] + np.asarray([1 << 16, 0], np.uint32)}
         return [result], {**state, site.key: mine}
 
 

@@ -64,19 +64,17 @@ def _sharded(how: Gemms, differ: Varying, x: Array, w: Array, scale: Any, key: A
     """`linear`; inside a shard_map with the axes over which x and w differ, and this device's place in them."""
     mine, its = differ
     axes = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in (mine | its))
-    row = column = jnp.zeros((), jnp.uint32)
+    place = None
     if axes:
         rows = tuple(a for a in axes if a in mine - its)
         columns = tuple(a for a in axes if a in its - mine)
         count = math.prod(x.shape[:-1]) if how.windows is None else how.windows.count
-        row, column = _place(rows, count), _place(columns, w.shape[-2])
+        place = jnp.stack([_place(rows, count), _place(columns, w.shape[-2])])
         shared = axes if how.scope == "global" else ()
         how = dataclasses.replace(how, amax_axes=shared, spread=math.prod(lax.axis_size(a) for a in axes))
         x, w = _compat.vary(x, axes), _compat.vary(w, axes)
         scale = None if scale is None else _compat.vary(scale, axes)
-    if key is not None:
-        key = jnp.concatenate([key, jnp.stack([row, column])])
-    return linear(how, x, w, scale, key, groups)
+    return linear(how, x, w, scale, key, groups, place)
 
 
 def _place(axes: tuple[str, ...], length: int) -> Array:

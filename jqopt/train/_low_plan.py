@@ -129,7 +129,7 @@ def _decided(recipe: Recipe, graph: Graph, site: Site, d: _plan.Decision) -> Tra
         return dataclasses.replace(plain, reason=reason)
     assert site.view is not None, site.key
     ragged = site.op == "ragged_dot"
-    asked = gemms(recipe.train, ragged, f"{site.key} ({d.rule})")
+    asked = gemms(recipe.train, ragged, f"{site.key} ({d.rule})", site.key)
     loops = [a for a, e in around(graph.jaxpr, site.address) if e.primitive.name in ("scan", "while")]
     if asked.delayed and any(a not in site.scans for a in loops):
         why = "delayed scaling in a loop that doesn't run over its layers: it has one scale and several largest values"

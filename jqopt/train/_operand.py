@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array, lax
 
 from jqopt._numerics import (
-    amax_of,
     decode,
     decode_scale,
     divide,
@@ -20,16 +19,17 @@ from jqopt._numerics import (
     exponent_from_amax,
     from_bits,
     from_tiles,
+    met,
     pack,
     round_to,
-    spread,
+    scale_codes,
     to_bits,
     to_tiles,
     unpack,
     written,
 )
 from jqopt._recipe_train import TrainOperand
-from jqopt.formats import E4M3, Format
+from jqopt.formats import Format
 from jqopt.train import quantizers
 
 ROWS, COLUMNS = -1, -2
@@ -108,7 +108,7 @@ def pinned(x: Array) -> Array:
     if x.dtype != jnp.float32 and jnp.issubdtype(x.dtype, jnp.floating):
         info = jnp.finfo(x.dtype)
         x = lax.reduce_precision(x, info.nexp, info.nmant)
-    return x.astype(jnp.float32)
+    return written(x)
 
 
 # jitted so that JAX traces and lowers each of these once for all sites of one shape
@@ -121,11 +121,19 @@ def measure(x: Array, q: Quantizer, axis: int) -> Measured:
             at = axis % x.ndim
             x = jnp.pad(x, [(0, short if i == at else 0) for i in range(x.ndim)])
         x = written(quantizers.hadamard16(x, axis=axis))
-    tiles = None if q.tile is None else amax_of(to_tiles(x, _laid(q.tile, axis)), (-3, -1))
+    size = lax.abs(x)
+    tiles = None if q.tile is None else _largest(to_tiles(size, _laid(q.tile, axis)), (-3, -1))
     if q.row_scaled:
-        return Measured(x, tiles, jnp.expand_dims(amax_of(x, (axis,)), axis))
-    whole = amax_of(x if tiles is None else tiles, (-2, -1))
+        return Measured(x, tiles, _largest(size, (axis,), keep=True))
+    whole = _largest(size if tiles is None else tiles, (-2, -1))
     return Measured(x, tiles, whole[..., None, None])
+
+
+def _largest(size: Array, axes: tuple[int, ...], keep: bool = False) -> Array:
+    """The maximum over these axes. XLA on CPU passes NaN over here: rounding keeps it. (`amax_of` would not, but XLA
+    has a routine for maxima of floats, while LLVM must compile one for maxima of bits.)"""
+    found = lax.reduce_max(size, tuple(a % size.ndim for a in axes))
+    return jnp.expand_dims(found, axes) if keep else found
 
 
 def _laid(tile: tuple[int, int], axis: int) -> tuple[int, int]:
@@ -148,8 +156,7 @@ def _scales(m: Measured, q: Quantizer, axis: int, given: Array | None) -> _Scale
         return _Scales(scale, None, divide(1.0, scale))
     if f.global_scale:
         whole = quantizers.encode_scale(m.whole, f.element.max * q.scale_max)
-        # written: XLA would compute each tile's scale again for each of its values, in every kernel that reads it
-        scale = written(quantizers.block_scale(m.tiles, whole, q.scale_up))
+        scale = quantizers.block_scale(m.tiles, whole, q.scale_up)
         return _Scales(quantizers.block_encode_scale(scale, whole), scale, _global(m.whole, q))
     if f.scale.name == "e8m0":
         exponent = exponent_from_amax(m.tiles, f.element.max)
@@ -162,7 +169,7 @@ def _stored(scale: Array, f: Format) -> Array:
     """The scales of tiles, from their values to as they are kept."""
     if f.scale.name == "e8m0":
         return (to_bits(scale) >> 23).astype(jnp.uint8)
-    return encode(scale, E4M3) if f.global_scale else scale
+    return scale_codes(scale) if f.global_scale else scale
 
 
 def _global(amax: Array, q: Quantizer) -> Array:
@@ -191,7 +198,8 @@ def values(
     scaled, shape = _scaled(m, q, axis, s)
     grid = round_to(scaled, q.format.element, _tiled(dither, q, axis))
     if s.tiles is not None:
-        grid = grid * spread(s.tiles)
+        # written: XLA would compute each tile's scale again for each of its values
+        grid = grid * met(written(s.tiles) if q.format.global_scale else s.tiles, grid)
     return _flat(grid, q, shape), s.whole
 
 
@@ -200,7 +208,8 @@ def _scaled(m: Measured, q: Quantizer, axis: int, s: _Scales) -> tuple[Array, tu
     shape = m.values.shape[-2:]
     if q.tile is None:
         return m.values * s.encode, shape
-    return to_tiles(m.values, _laid(q.tile, axis)) * spread(s.encode), shape
+    tiles = to_tiles(m.values, _laid(q.tile, axis))
+    return tiles * met(s.encode, tiles), shape
 
 
 def _tiled(x: Array | None, q: Quantizer, axis: int) -> Array | None:
@@ -217,8 +226,8 @@ def unpacked(p: Packed, q: Quantizer, axis: int, columns: int) -> tuple[Array, A
     grid = decode(unpack(p.data, q.format.element.bits, columns), q.format.element)
     if p.scale is None or q.tile is None:
         return grid, p.whole
-    tiles = to_tiles(grid, _laid(q.tile, axis)) * spread(decode_scale(p.scale, q.format))
-    return from_tiles(tiles, *grid.shape[-2:]), p.whole
+    tiles = to_tiles(grid, _laid(q.tile, axis))
+    return from_tiles(tiles * met(decode_scale(p.scale, q.format), tiles), *grid.shape[-2:]), p.whole
 
 
 def _four_over_six(m: Measured, q: Quantizer, axis: int) -> Packed:

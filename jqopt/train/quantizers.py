@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jqopt import formats
 from jqopt._numerics import (
+    along_rows,
     amax_of,
     decode,
     divide,
@@ -24,6 +25,8 @@ from jqopt._numerics import (
     from_tiles,
     pack,
     quantize_matrix,
+    replaced,
+    round_scale,
     round_to,
     spread,
     to_bits,
@@ -124,7 +127,7 @@ def _check(x: Array, tile: tuple[int, int], row_scaled: bool, four_over_six: str
 def encode_scale(amax: Array, largest: float) -> Array:
     """What the whole is multiplied by, so that its amax becomes `largest`; 1 of zeros."""
     scale = jnp.minimum(divide(largest, amax), _LARGEST_ENCODE)
-    return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+    return replaced(scale, (amax == 0) | (scale == 0), 1)
 
 
 def block_scale(amax: Array, whole: Array, up: bool = False) -> Array:
@@ -134,7 +137,7 @@ def block_scale(amax: Array, whole: Array, up: bool = False) -> Array:
     largest values saturate. That biases stochastic rounding; a scale rounded up doesn't.
     """
     exact = amax * (whole * SIXTH)
-    near = round_to(exact, E4M3)
+    near = round_scale(exact)
     if not up:
         return near
     # The next value: one step of the mantissa of a normal number, of 2^-9 below those.
@@ -144,7 +147,7 @@ def block_scale(amax: Array, whole: Array, up: bool = False) -> Array:
 
 def block_encode_scale(scale: Array, whole: Array) -> Array:
     """What values of a block with this scale (the value of an e4m3) are multiplied by."""
-    return jnp.minimum(divide(1.0, scale * divide(1.0, whole)), F32_MAX)
+    return along_rows(lambda s, w: jnp.minimum(divide(1.0, s * divide(1.0, w)), F32_MAX), scale, whole)
 
 
 def _codes(tiles: Array, scale: Array, whole: Array) -> tuple[Array, Array]:
@@ -193,12 +196,13 @@ def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS, axis: int = -1) -> 
     if x.shape[axis] % 16:
         raise UnsupportedError(f"hadamard16: axis {axis} of {x.shape} is not a multiple of 16; pad it with zeros")
     lead, last = x.shape[: axis % x.ndim], x.shape[-1:] if axis == -2 else (1,)
-    y = x.astype(jnp.float32).reshape(*lead, -1, 16, *last) * jnp.asarray(signs, jnp.float32)[:, None]
-    sign = jnp.asarray([1, -1], jnp.float32)[:, None, None]
-    for half in (8, 4, 2, 1):
-        pairs = y.reshape(*lead, -1, 16 // (2 * half), 2, half, *last)
-        # a + b, a - b, written so that nothing is concatenated: it stays one loop
-        y = pairs[..., :1, :, :] + sign * pairs[..., 1:, :, :]
+    # a + b, a - b, written so that nothing is concatenated, the signs in the first of four steps: it stays one loop
+    turn, signed = np.float32([1, -1]).reshape(2, 1, 1), np.float32(signs).reshape(2, 8, 1)
+    pairs = x.astype(jnp.float32).reshape(*lead, -1, 2, 8, *last)
+    y = signed[:1] * pairs[..., :1, :, :] + turn * signed[1:] * pairs[..., 1:, :, :]
+    for half in (4, 2, 1):
+        pairs = y.reshape(*lead, -1, 2, half, *last)
+        y = pairs[..., :1, :, :] + turn * pairs[..., 1:, :, :]
     # reduce_precision, not astype: XLA may drop a cast to bfloat16 and back.
     return lax.reduce_precision(y.reshape(x.shape) * 0.25, 8, 7)
 
@@ -227,7 +231,7 @@ def fp8_scale(amax: Array, element: Element, power_of_two: bool = False) -> Arra
     scale = jnp.minimum(divide(element.max, amax), F32_MAX)
     if power_of_two:  # rounded down: the exponent bits alone
         scale = from_bits(to_bits(scale) & 0x7F800000)
-    return jnp.where((amax == 0) | (scale == 0), 1.0, scale)
+    return replaced(scale, (amax == 0) | (scale == 0), 1)
 
 
 def _fp8(x: Array, tile: tuple, element: Element, power_of_two: bool, amax: Array | None) -> Fp8:

@@ -22,7 +22,7 @@ from jqopt.train._operand import COLUMNS, ROWS, Quantizer
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/te_golden.npz")
 NVFP4 = formats.get("nvfp4")
 MOST = float(jnp.finfo(jnp.bfloat16).max)
-KEY = jnp.asarray([3, 5, 0, 0], jnp.uint32)
+KEY = jnp.asarray([3, 5], jnp.uint32)
 
 
 def spec(**operands) -> TrainSpec:
@@ -97,15 +97,13 @@ def test_stochastic_rounding_is_transformer_engines_for_each_byte():
 
 def test_dither_is_threefry_of_the_position():
     """16 bits of (row, column // 4) under the key, as JAX's own threefry makes them; a part counts from its place."""
-    u = _dither.uniform(KEY[:2], (4, 18))
+    u = _dither.uniform(KEY, (4, 18))
     rows, words = np.meshgrid(np.arange(4, dtype=np.uint32), np.arange(5, dtype=np.uint32), indexing="ij")
     want = threefry_2x32((KEY[0], KEY[1]), jnp.concatenate([rows.ravel(), words.ravel()]))
     half = np.stack(np.split(np.asarray(want), 2), -1).astype("<u4").view(np.uint16).reshape(4, 20)[:, :18]
     np.testing.assert_array_equal(u, (half.astype(np.float32) + 0.5) / 65536)
-    np.testing.assert_array_equal(_dither.uniform(KEY[:2], (2, 10), 2, 8), u[2:, 8:])
-    np.testing.assert_array_equal(_dither.uniform(KEY[:2], (2, 2, 18)).reshape(4, 18), u)
-    folded = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(KEY[:2]), 77))
-    np.testing.assert_array_equal(_dither.folded(KEY[:2], 77), folded)
+    np.testing.assert_array_equal(_dither.uniform(KEY, (2, 10), 2, 8), u[2:, 8:])
+    np.testing.assert_array_equal(_dither.uniform(KEY, (2, 2, 18)).reshape(4, 18), u)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -114,7 +112,7 @@ def draws(x, q: Quantizer, count: int):
     m = _operand.measure(x, q, ROWS)
 
     def one(i):
-        values, whole = _operand.values(m, q, ROWS, None, _dither.uniform(_dither.folded(KEY[:2], i), x.shape))
+        values, whole = _operand.values(m, q, ROWS, None, _dither.uniform(jnp.stack([KEY[0], i]), x.shape))
         return values * whole
 
     return jax.lax.map(one, jnp.arange(count, dtype=jnp.uint32), batch_size=64)
@@ -147,9 +145,10 @@ def test_keys_and_copies():
         np.testing.assert_array_equal(a, b)
         assert bool((a != c).any())
     np.testing.assert_array_equal(one[0], other[0])
-    both = _linear._dithers(KEY, [(ROWS, (32, 64)), (COLUMNS, (32, 64))])
+    keys = _linear.copy_keys(how, KEY, (ROWS, COLUMNS))
+    both = _linear._dithers(keys, [(ROWS, (32, 64)), (COLUMNS, (32, 64))], None)
     assert float((both[ROWS] == both[COLUMNS]).mean()) < 0.03
-    padded = _linear._dithers(KEY, [(ROWS, (30, 64)), (COLUMNS, (32, 64))])  # of two shapes: the same numbers
+    padded = _linear._dithers(keys, [(ROWS, (30, 64)), (COLUMNS, (32, 64))], None)  # of two shapes: the same numbers
     np.testing.assert_array_equal(padded[COLUMNS], both[COLUMNS])
     np.testing.assert_array_equal(padded[ROWS], both[ROWS][:30])
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 import jqopt
 from jqopt import train
-from jqopt.train import _low
+from jqopt.train import _linear, _low
 from tests import zoo
 
 KEY = jax.random.key(7)
@@ -81,13 +78,17 @@ def test_layers_have_their_own_random_numbers(ways):
     """S3 in a scan: a layer's key is its own, so equal layers on equal data still round differently."""
     plan = ways[True, False][1].plan
     assert plan["w"].outer == (3,)
-    keys = _low.site_keys(_low.key_data(KEY), {"w": (3,), "one": (), "v": (2, 2)})
-    assert {n: k.shape for n, k in keys.items()} == {"w": (3, 2), "one": (2,), "v": (2, 2, 2)}
-    assert len({tuple(k) for each in keys.values() for k in np.asarray(each).reshape(-1, 2).tolist()}) == 8
-    for name, at, layer in (("w", 1, 1), ("v", (1, 0), 2), ("one", (), None)):  # whatever the other sites are
-        words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u4")
-        want = functools.reduce(jax.random.fold_in, [int(n) for n in (*words, layer) if n is not None], KEY)
-        np.testing.assert_array_equal(keys[name][at], jax.random.key_data(want))
+    sites, seen = {"w": (3,), "one": (), "v": (2, 2)}, set()
+    for step in range(50):  # `jax.random.key(step)`: keys that differ in few bits
+        for name, outer in sites.items():
+            keys = np.asarray(_low.layer_keys(_low.key_data(jax.random.key(step)), outer))
+            assert keys.shape == (*outer, 2)
+            how = plan[name].gemms if name == "w" else _linear.gemms(jqopt.load_recipe("train/nvfp4").train, name=name)
+            for use in range(3):  # in a loop that isn't over layers
+                for key in keys.reshape(-1, 2):
+                    both = _linear.copy_keys(how, key + np.asarray([use << 16, 0], np.uint32), (-1, -2))
+                    seen |= {tuple(k) for k in np.asarray(both).tolist()}
+    assert len(seen) == 50 * 8 * 3 * 2
 
 
 @pytest.mark.slow
