@@ -190,27 +190,32 @@ def tuned(options: argparse.Namespace) -> float:
     return min(found, key=found.__getitem__)
 
 
-def times(recipes: list[str]) -> None:
-    """CPU time of a step and of compiling it, as multiples of the float32 model's: other programs hardly change it."""
-    base = None
-    for name in (None, *recipes):
-        setup = Setup(None if name is None else f"train/{name}", dtype=jnp.float32)
-        state, step, _ = pieces(setup)
-        batch = next(batches(setup))
-        began = time.process_time()
-        lowered = step.lower(state, batch)
-        traced = time.process_time()
-        made = lowered.compile()
-        compiled = time.process_time()
-        took = []
-        for _ in range(12):
-            start = time.process_time()
-            state, _ = jax.block_until_ready(made(state, batch))
-            took.append(time.process_time() - start)
-        now = (min(took), compiled - traced, traced - began)
-        base = base or now
+def times(recipes: list[str], rounds: int = 3) -> None:
+    """CPU time of a step and of compiling it, as multiples of the float32 model's, compiled by turns: medians."""
+    names = (None, *recipes)
+    found: dict[str | None, list[tuple[float, float, float]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            setup = Setup(None if name is None else f"train/{name}", dtype=jnp.float32)
+            state, step, _ = pieces(setup)
+            batch = next(batches(setup))
+            began = time.process_time()
+            lowered = step.lower(state, batch)
+            traced = time.process_time()
+            made = lowered.compile()
+            compiled = time.process_time()
+            took = []
+            for _ in range(12):
+                start = time.process_time()
+                state, _ = jax.block_until_ready(made(state, batch))
+                took.append(time.process_time() - start)
+            found[name].append((min(took), compiled - traced, traced - began))
+    base = np.median(found[None], axis=0)
+    for name in names:
+        now = np.median(found[name], axis=0)
+        each = " ".join(f"{one[1] / plain[1]:.2f}" for one, plain in zip(found[name], found[None], strict=True))
         say(f"{name or 'float32':12} step {now[0] * 1e3:7.1f} ms ({now[0] / base[0]:.2f}x), compile {now[1]:.1f} s "
-            f"({now[1] / base[1]:.2f}x), trace {now[2]:.1f} s")  # fmt: skip
+            f"({now[1] / base[1]:.2f}x; by round {each}), trace {now[2]:.1f} s")  # fmt: skip
 
 
 def say(text: str) -> None:

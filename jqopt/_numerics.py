@@ -51,7 +51,7 @@ def divide(x: Array | float, y: Array | float) -> Array:
     return lax.div(x, lax.select_n(lax.ne(x, x), y, x))
 
 
-def _over(x: Array, y: Array | np.ndarray) -> Array:
+def _over(x: Array, y: Array | np.ndarray | np.floating) -> Array:
     """`divide` in half the steps, where nobody asks for the gradient of y: a clamp to [y, y] depends on x formally."""
     return lax.div(x, lax.clamp(y, x, y))
 
