@@ -156,6 +156,19 @@ def test_keys_and_copies():
 # ---- properties
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_no_rht", "fp8_current", "fp8_block", "mxfp8"])
+def test_nan_is_not_lost(name):
+    """A NaN of x, w or dy is one in all that the product makes of it, though no code stands for it."""
+    how, x, w, dy = shipped(name), numbers(0, 32, 48), numbers(1, 64, 48), numbers(2, 32, 64)
+    y = layer(how, x.at[3, 5].set(jnp.nan), w, dy, KEY)[0]
+    assert bool(jnp.isnan(y[3]).all())
+    y = layer(how, x, w.at[7, 5].set(jnp.nan), dy, KEY)[0]
+    assert bool(jnp.isnan(y[:, 7]).all())
+    _, dx, dw, *_ = layer(how, x, w, dy.at[3, 7].set(jnp.nan), KEY)
+    assert bool(jnp.isnan(dx[3]).all()) and bool(jnp.isnan(dw[7]).all())
+
+
 def test_error_floor():
     """Two operands with 9.5 % of noise each: 13.3 % to 14.6 %. Below: not quantized. Above: broken."""
     how, x, w, dy = shipped("nvfp4"), numbers(0, 256, 256), numbers(1, 256, 256), numbers(2, 256, 256)
