@@ -198,8 +198,7 @@ def values(
     scaled, shape = _scaled(m, q, axis, s)
     grid = round_to(scaled, q.format.element, _tiled(dither, q, axis))
     if s.tiles is not None:
-        # written: XLA would compute each tile's scale again for each of its values
-        grid = grid * met(written(s.tiles) if q.format.global_scale else s.tiles, grid)
+        grid = grid * met(s.tiles, grid)
     return _flat(grid, q, shape), s.whole
 
 
