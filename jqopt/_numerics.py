@@ -12,7 +12,7 @@ each site, and an operator of `jnp` takes three times as long to trace.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -485,16 +485,27 @@ def along_rows(divided: Callable[..., Array], x: Array, *others: Array) -> Array
 
 def _best_range(tiles: Array, amax: Array, global_scale: Array, format: Format) -> _Scales:
     """Of the scales that the format's ranges give, each block's with the least squared error; the first of equals."""
-    each = [_two_level_scales(lax.mul(amax, np.float32(f)), global_scale, format) for f in format.ranges]
-    raw, divisor, least = each[0].raw, _divisor(each[0]), jnp.full_like(amax, jnp.inf)
-    for found in each:
-        factor = _divisor(found)
-        wrong = lax.sub(lax.mul(round_to(divide(tiles, met(factor, tiles)), format.element), met(factor, tiles)), tiles)
-        error = jnp.sum(jnp.square(wrong), axis=(-3, -1))
-        better = lax.lt(error, least)
-        raw, divisor = lax.select_n(better, raw, found.raw), lax.select_n(better, divisor, factor)
-        least = lax.min(error, least)
-    return _Scales(raw, divisor, each[0].global_scale)
+
+    def tried(factor: Any) -> tuple[Array, Array, Array]:
+        found = _two_level_scales(lax.mul(amax, factor), global_scale, format)
+        divisor = met(_divisor(found), tiles)
+        wrong = lax.sub(lax.mul(round_to(divide(tiles, divisor), format.element), divisor), tiles)
+        return jnp.sum(jnp.square(wrong), axis=(-3, -1)), found.raw, _divisor(found)
+
+    def better(best: tuple, factor: Any) -> tuple[tuple, None]:
+        new = tried(factor)
+        chosen = lax.lt(new[0], best[0])
+        return tuple(lax.select_n(chosen, b, n) for b, n in zip(best, new, strict=True)), None
+
+    first, *rest = np.asarray(format.ranges, np.float32)
+    best = tried(first)
+    if len(rest) > 1:  # a loop: one candidate is compiled, not all
+        best, _ = lax.scan(better, best, jnp.asarray(rest))
+    else:
+        for factor in rest:
+            best, _ = better(best, factor)
+    whole = jnp.broadcast_to(global_scale.astype(jnp.float32), amax.shape[:-2])
+    return _Scales(best[1], best[2], whole)
 
 
 def _divisor(scales: _Scales) -> Array:

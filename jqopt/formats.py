@@ -178,6 +178,10 @@ FLOAT32 = ScaleFormat("float32", 32)
 SCALE_E4M3 = ScaleFormat("e4m3", 8)
 E8M0 = ScaleFormat("e8m0", 8)
 
+# Where a block's largest value comes to lie: from 8, saturated to 6, to 3.4. Steps are those of e4m3 or less; the last
+# one times 256 is still an e4m3. The first two are four over six, which equal errors prefer.
+_SWEPT = (1.0, 1.5, 0.75, 0.8125, 0.875, 0.9375, 1.0625, 1.125, 1.25, 1.375, 1.625, 1.75)
+
 _FORMATS = {
     f.name: f
     for f in (
@@ -191,6 +195,7 @@ _FORMATS = {
         Format("nvfp4", E2M1, 16, SCALE_E4M3, global_scale=True),
         # Cook et al., Four Over Six, arXiv 2512.02010: 1.5 times the largest scale, 384, must still be an e4m3.
         Format("nvfp4_four_over_six", E2M1, 16, SCALE_E4M3, global_scale=True, ranges=(1.0, 1.5), scale_max=256.0),
+        Format("nvfp4_swept", E2M1, 16, SCALE_E4M3, global_scale=True, ranges=_SWEPT, scale_max=256.0),
         Format("mxfp8", E4M3, 32, E8M0),
         Format("mxfp6", E3M2, 32, E8M0),
         Format("mxfp6_e2m3", E2M3, 32, E8M0),

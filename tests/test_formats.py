@@ -11,7 +11,7 @@ from jqopt.errors import JqoptError, UnsupportedError
 # Names that recipes, manifests and saved checkpoints carry: removing or renaming one breaks files that exist.
 NAMES = (
     *("int8", "int4", "int4_fp8", "uint4", "fp8", "fp8_e5m2", "fp8_block"),
-    *("nvfp4", "nvfp4_four_over_six", "mxfp8", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8", "nf4"),
+    *("nvfp4", "nvfp4_four_over_six", "nvfp4_swept", "mxfp8", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8", "nf4"),
 )
 
 

@@ -226,10 +226,10 @@ def numpy_qdq(x, fmt, granularity):
     elif fmt.name == "int4_fp8":
         scale, whole = safe(amax / F32(7)), safe(amax.max() / F32(448))
         y = (numpy_values(tiles / scale, fmt) * scale / whole).astype(DTYPES["e4m3"]).astype(F32) * whole
-    elif fmt.name == "nvfp4_four_over_six":
-        six, four = (numpy_nvfp4(tiles, amax, fmt, F32(6 * 256), factor) for factor in (F32(1), F32(1.5)))
-        errors = [np.square(y - tiles).sum((1, 3), keepdims=True) for y in (six, four)]
-        y = np.where(errors[1] < errors[0], four, six)
+    elif len(fmt.ranges) > 1:
+        each = [numpy_nvfp4(tiles, amax, fmt, F32(6 * 256), F32(factor)) for factor in fmt.ranges]
+        errors = np.stack([np.square(y - tiles).sum((1, 3), keepdims=True) for y in each])
+        y = np.take_along_axis(np.stack(each), errors.argmin(0)[None], 0)[0]
     elif fmt.global_scale:
         y = numpy_nvfp4(tiles, amax, fmt, F32(6 * 448), F32(1))
     else:
