@@ -130,9 +130,12 @@ def measure(x: Array, q: Quantizer, axis: int) -> Measured:
 
 
 def _largest(size: Array, axes: tuple[int, ...], keep: bool = False) -> Array:
-    """The maximum over these axes. XLA on CPU passes NaN over here: rounding keeps it. (`amax_of` would not, but XLA
-    has a routine for maxima of floats, while LLVM must compile one for maxima of bits.)"""
-    found = lax.reduce_max(size, tuple(a % size.ndim for a in axes))
+    """The maximum over these axes, 0 of nothing. XLA on CPU passes NaN over here: rounding keeps it. (`amax_of` would
+    not, but XLA has a routine for maxima of floats, while LLVM must compile one for maxima of bits.)"""
+    over = tuple(a % size.ndim for a in axes)
+    if any(size.shape[a] == 0 for a in over):
+        size = jnp.pad(size, [(0, int(a in over and n == 0)) for a, n in enumerate(size.shape)])
+    found = lax.reduce_max(size, over)
     return jnp.expand_dims(found, axes) if keep else found
 
 

@@ -169,6 +169,15 @@ def test_nan_is_not_lost(name):
     assert bool(jnp.isnan(dx[3]).all()) and bool(jnp.isnan(dw[7]).all())
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_current", "fp8_block", "mxfp8"])
+def test_no_rows(name):
+    """A product of no tokens: outputs are empty, and its weight has a gradient of zeros."""
+    how, x, w, dy = shipped(name), numbers(0, 0, 48), numbers(1, 64, 48), numbers(2, 0, 64)
+    y, dx, dw, *_ = layer(how, x, w, dy, KEY)
+    assert y.shape == (0, 64) and dx.shape == (0, 48)
+    np.testing.assert_array_equal(dw, np.zeros((64, 48)))
+
+
 def test_error_floor():
     """Two operands with 9.5 % of noise each: 13.3 % to 14.6 %. Below: not quantized. Above: broken."""
     how, x, w, dy = shipped("nvfp4"), numbers(0, 256, 256), numbers(1, 256, 256), numbers(2, 256, 256)
