@@ -339,12 +339,16 @@ def low_rank(rows: jax.Array, tensor: QTensor) -> jax.Array | None:
 
 def placed(run: Callable[..., jax.Array], out: Any) -> Callable[..., Any]:
     """On a mesh with Explicit axes: `run` with the compiler placing what is inside, its result as the model's was."""
-    sharding = getattr(out, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    if not on_explicit_axes(out):
         return run
-    inside: Any = jax.sharding.auto_axes(run, out_sharding=sharding)
+    inside: Any = jax.sharding.auto_axes(run, out_sharding=out.sharding)
     return inside
+
+
+def on_explicit_axes(out: Any) -> bool:
+    """Is a value of this type on a mesh with Explicit axes?"""
+    mesh = getattr(getattr(out, "sharding", None), "mesh", None)
+    return mesh is not None and not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def _output_axis(eqn: Any, side: int, axis: int) -> int:

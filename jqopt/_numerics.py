@@ -189,7 +189,7 @@ def _steps(magnitude: Array, element: Element, dither: Array | None) -> tuple[Ar
     inv_step = from_bits(lax.sub(np.uint32((254 + element.mantissa_bits) << 23), power))
     exact = lax.mul(from_bits(magnitude), inv_step)
     if dither is not None:
-        return power, lax.floor(lax.add(exact, dither))
+        return power, lax.floor(lax.add(dither, exact))
     return power, lax.round(exact, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 

@@ -15,21 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jqopt import _compat
+
 _TURNS = np.asarray([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
+_HALVES = np.asarray([1 << 16, 1, 1 << 16, 1], np.uint32)  # bring each of 4 numbers to the upper half of its word
 _PARITY = np.uint32(0x1BD11BDA)
 
 
 def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two random words for each pair of counters, elementwise; all uint32. Keys and counters broadcast.
+    """Two random words for each pair of counters (of one shape), elementwise; all uint32. Keys broadcast.
 
     The rounds are a loop, so that the words are computed once and written: XLA would fuse them into whatever reads
     them, and compute each word once for each number in it. One round at a time: of several, XLA makes a kernel for
     each word that computes all of both.
     """
-    same = counter[0] ^ counter[0] ^ counter[1] ^ counter[1] ^ key[0] ^ key[0]  # zeros that vary as all operands do
-    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    axes = frozenset[str]().union(*map(_compat.varying, (*key, *counter)))
+    key = (_compat.vary(key[0], axes), _compat.vary(key[1], axes))
+    keys = (*key, key[0] ^ key[1] ^ _PARITY)
     turns = tuple(jnp.asarray(each) for each in _TURNS)
-    start = (counter[0] + keys[0] + same, counter[1] + keys[1] + same)
+    start = (_compat.vary(counter[0], axes) + keys[0], _compat.vary(counter[1], axes) + keys[1])
 
     def rounds(i: Any, carry: tuple) -> tuple:
         (a, b), (first, second, third), (now, then) = carry
@@ -59,6 +63,8 @@ def uniform(key: Array, shape: tuple[int, ...], row: Array | int = 0, column: Ar
     words = -(-c // 4)
     rows = jnp.asarray(row, jnp.uint32) + lax.broadcasted_iota(jnp.uint32, (int(np.prod(lead)) * r, words), 0)
     columns = jnp.asarray(column, jnp.uint32) // jnp.uint32(4) + lax.broadcasted_iota(jnp.uint32, rows.shape, 1)
-    pair = jnp.stack(threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns)), axis=-1)
-    half = lax.bitcast_convert_type(pair, jnp.uint16).reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]
-    return (half.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-16)
+    first, second = threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns))
+    word = jnp.where(np.asarray([True, True, False, False]), first[..., None], second[..., None])
+    half = lax.shift_right_logical(_HALVES * word, np.uint32(16))
+    half = half.reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]
+    return (half.astype(jnp.int32).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-16)

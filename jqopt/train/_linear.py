@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jqopt import _compat
+from jqopt._numerics import from_bits, to_bits
 from jqopt._recipe_train import TrainSpec
 from jqopt.errors import UnsupportedError
 from jqopt.train import _dither
@@ -67,6 +68,12 @@ class Gemms:
         return any(q is not None and q.delayed for q in (*self.input, *self.weight, *self.grad))
 
     @property
+    def shares(self) -> bool:
+        """Can products of one x share its quantized copies? Not where each has scales, or a collective, of its own."""
+        own = any(q is not None and q.delayed for q in self.input)
+        return self.input[0] is not None and not own and not self.amax_axes
+
+    @property
     def kept(self) -> tuple[tuple[Quantizer | None, int], tuple[Quantizer | None, int]]:
         """How x and w are kept for the backward pass: (quantizer, the axis its copy is contracted along)."""
         if self.backward == "high_precision":
@@ -95,6 +102,43 @@ def gemms(spec: TrainSpec, ragged: bool = False, where: str = "", name: str = ""
     return Gemms(*operands, spec.backward, spec.amax_scope, ragged=ragged, where=where, salt=(first, second))
 
 
+class Copies(NamedTuple):
+    """x, quantized for all products that read it, floats as their bits (which no gradient passes through).
+
+    `read`: what fprop multiplies, and the scale of the whole. `kept`: for the backward pass; None: x itself is kept.
+    """
+
+    read: tuple[Array, Array | None]
+    kept: Packed | None
+
+
+def copies(how: Gemms, x: Array) -> Copies:
+    """The copies of x [*stack, m, k] that `linear` takes as `given`, for several products of one x.
+
+    Without them each product makes its own: XLA would compute those once, but a scan keep each of them.
+    """
+    assert how.shares, how
+    rows = how.rows(lax.stop_gradient(x))
+    wanted = _wanted(how, INPUT, True)
+    measured = [measure(rows, q, axis) for _, q, axis in wanted]
+    (first, (q, axis)) = how.input[0], how.kept[INPUT]
+    assert first is not None
+    read = quantized(measured[_at(wanted, INPUT, first, ROWS)], first, ROWS)
+    kept = None
+    if q is not None:
+        at = _at(wanted, INPUT, q, axis)
+        kept = checkpoint_name(_bits(codes(measured[at], q, wanted[at][2])), NAME)
+    return Copies(_bits(read), kept)
+
+
+def _bits(tree: Any) -> Any:
+    return jax.tree.map(lambda x: to_bits(x) if x.dtype == jnp.float32 else x, tree)
+
+
+def _floats(tree: Any) -> Any:
+    return jax.tree.map(lambda x: from_bits(x) if x.dtype == jnp.uint32 else x, tree)
+
+
 def linear(
     how: Gemms,
     x: Array,
@@ -103,6 +147,7 @@ def linear(
     key: Array | None = None,
     groups: Array | None = None,
     place: Array | None = None,
+    given: Copies | None = None,
 ) -> Array:
     """x [*stack, m, k] times w [*stack, n, k], transposed, on quantized operands: [*stack, m, n] in y's dtype.
 
@@ -113,29 +158,29 @@ def linear(
         key: uint32 [2] for stochastic rounding of dy: the step's and layer's. Only gradients need it.
         groups: of ragged products (x [m, k], w [g, n, k]): int32 [g], how many rows each w has.
         place: uint32 [2], the first row and the first column of dy that this device holds, where it holds a part.
+        given: `copies` of x.
     """
-    return checkpoint_name(_product(how, x, w, scales, (key, place), groups), NAME)
+    return checkpoint_name(_product(how, x, w, scales, (key, place), groups, given), NAME)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any) -> Array:
-    return _forward(how, x, w, scales, groups, False)[0]
+def _product(how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any, given: Copies | None) -> Array:
+    return _forward(how, x, w, scales, groups, given, False)[0]
 
 
-def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training: bool) -> tuple[Array, Any]:
-    operands = [how.rows(x), pinned(w if how.gather is None else how.gather.lying(w))]
-    wanted: list[tuple[int, Quantizer, int]] = []  # (operand, quantizer, axis), each once
-    for i, pair in enumerate((how.input, how.weight)):
-        copies = [(pair[0], ROWS), how.kept[i]] if training else [(pair[0], ROWS)]
-        for q, axis in copies:
-            if q is not None and _found(wanted, i, q, axis) is None:
-                wanted.append((i, q, axis))
+def _forward(
+    how: Gemms, x: Array, w: Array, scales: Any, groups: Any, given: Copies | None, training: bool
+) -> tuple[Array, Any]:
+    operands = {WEIGHT: pinned(w if how.gather is None else how.gather.lying(w))}
+    if given is None:
+        operands[INPUT] = how.rows(x)
+    wanted = [each for i in (INPUT, WEIGHT) if i in operands for each in _wanted(how, i, training)]
     measured = _shared([(q, measure(operands[i], q, axis)) for i, q, axis in wanted], how.amax_axes)
-    given = [None if scales is None else scales[i] for i in (INPUT, WEIGHT)]
+    past = [None if scales is None else scales[i] for i in (INPUT, WEIGHT)]
 
     def packed(i: int, q: Quantizer, axis: int) -> Packed:
         at = _at(wanted, i, q, axis)
-        made = codes(measured[at], q, wanted[at][2], _delayed(q, given[i]))
+        made = codes(measured[at], q, wanted[at][2], _delayed(q, past[i]))
         return made if how.gather is None or i != WEIGHT else how.gather.lying(made)
 
     def copy(i: int, q: Quantizer | None, axis: int) -> tuple[Array, Array | None]:
@@ -143,9 +188,10 @@ def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training:
             return operands[i], None
         if how.gather is not None and i == WEIGHT:
             return _whole(how.gather, how.gather.gathered(packed(i, q, axis)), q, axis, w.shape[-1])
-        return quantized(measured[_at(wanted, i, q, axis)], q, axis, _delayed(q, given[i]))
+        return quantized(measured[_at(wanted, i, q, axis)], q, axis, _delayed(q, past[i]))
 
-    a, b = copy(INPUT, how.input[0], ROWS), copy(WEIGHT, how.weight[0], ROWS)
+    a = copy(INPUT, how.input[0], ROWS) if given is None else _floats(given.read)
+    b = copy(WEIGHT, how.weight[0], ROWS)
     y = FPROP[how.ragged](*a, *b, groups).astype(how.dtypes[2])
     if not training:
         return y, None
@@ -153,13 +199,25 @@ def _forward(how: Gemms, x: Array, w: Array, scales: Any, groups: Any, training:
     for i, (q, axis) in enumerate(how.kept):
         if q is None:
             kept.append((x, w)[i])
+        elif given is not None and i == INPUT:
+            kept.append(given.kept)
         else:
-            kept.append(checkpoint_name(packed(i, q, axis), NAME))
+            kept.append(checkpoint_name(_bits(packed(i, q, axis)), NAME))
     amax = None
     if scales is not None:
         amax = [jnp.max(measured[at].whole) if at is not None else jnp.zeros((), jnp.float32)
                 for at in (_first(wanted, INPUT), _first(wanted, WEIGHT))]  # fmt: skip
     return y, (kept, jnp.zeros((0, w.shape[-1])), scales, amax)
+
+
+def _wanted(how: Gemms, i: int, training: bool) -> list[tuple[int, Quantizer, int]]:
+    """The copies of an operand (operand, quantizer, axis), each once."""
+    out: list[tuple[int, Quantizer, int]] = []
+    pairs = [((how.input, how.weight)[i][0], ROWS), *([how.kept[i]] if training else [])]
+    for q, axis in pairs:
+        if q is not None and _found(out, i, q, axis) is None:
+            out.append((i, q, axis))
+    return out
 
 
 def _delayed(q: Quantizer, scale: Array | None) -> Array | None:
@@ -196,8 +254,10 @@ def _shared(measured: list[tuple[Quantizer, Measured]], axes: tuple[str, ...]) -
     return out
 
 
-def _fwd(how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any) -> tuple[Array, Any]:
-    y, kept = _forward(how, x, w, scales, groups, True)
+def _fwd(
+    how: Gemms, x: Array, w: Array, scales: Any, random: Any, groups: Any, given: Copies | None
+) -> tuple[Array, Any]:
+    y, kept = _forward(how, x, w, scales, groups, given, True)
     return y, (kept, random, groups)
 
 
@@ -229,7 +289,7 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
     if how.gather is None or wq is None:
         w = _read(kept[1], wq, w_axis, like.shape[1], pinned)
     else:
-        w = _whole(how.gather, how.gather.again(kept[1]), wq, w_axis, like.shape[1])
+        w = _whole(how.gather, how.gather.again(_floats(kept[1])), wq, w_axis, like.shape[1])
     first = copy(rows, ROWS)
     second = first if shared else copy(columns, COLUMNS)
     dx = DGRAD[how.ragged](*first, *w, groups)
@@ -241,7 +301,7 @@ def _bwd(how: Gemms, residuals: Any, dy: Array) -> tuple:
         largest = jnp.max(measured[0].whole) if measured else jnp.zeros((), jnp.float32)
         seen = jnp.stack([*amax, largest]) * jnp.float32(1 / how.spread)
         seen = _compat.vary(seen, _compat.varying(scales))  # their sum over the devices is the largest value again
-    return dx, dw, seen, (_no_gradient(key), _no_gradient(place)), _no_gradient(groups)
+    return dx, dw, seen, (_no_gradient(key), _no_gradient(place)), _no_gradient(groups), None
 
 
 def _whole(gather: Gather, p: Packed, q: Quantizer, axis: int, k: int) -> tuple[Array, Array | None]:
@@ -280,7 +340,7 @@ _product.defvjp(_fwd, _bwd)
 def _read(
     kept: Any, q: Quantizer | None, axis: int, k: int, plain: Callable[[Array], Array]
 ) -> tuple[Array, Array | None]:
-    return (plain(kept), None) if q is None else unpacked(kept, q, axis, k)
+    return (plain(kept), None) if q is None else unpacked(_floats(kept), q, axis, k)
 
 
 # The products --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
 from jax import Array
+from jax.extend import core as jex_core
 
 from jqopt import _apply, _jaxpr, _stage, _trace
 from jqopt._jaxpr import Address, State
@@ -255,6 +256,8 @@ class Trainer:
             a: (_low_plan.varying(jaxpr, a, 1 - s.operand), _low_plan.varying(jaxpr, a, s.operand))
             for a, (s, _) in self.at.items()
         }
+        self.group = _readers(jaxpr, self.at)
+        self.copies: dict[Address, _low_ops.Shared] = {}  # of each group, by its first site
         self.blind = {a for a in self.at if any(_blind(e) for _, e in _low_plan.around(jaxpr, a))}
 
     def is_site(self, address: Address) -> bool:
@@ -285,11 +288,33 @@ class Trainer:
         how = dataclasses.replace(
             decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name)
         )
-        made = _apply.placed(functools.partial(_low_ops.OPS[site.op], eqn, site, how, self.differ[address]), out)
+        shared = None if _apply.on_explicit_axes(out) else self._shared(address)
+        op = functools.partial(_low_ops.OPS[site.op], eqn, site, how, self.differ[address], shared)
+        made = _apply.placed(op, out)
         result = made(*values, mine.get("scale"), mine.get("key"))
         if "key" in mine:  # another use of the site, in a loop that isn't over its layers, draws other numbers
             mine = {**mine, "key": mine["key"] + np.asarray([1 << 16, 0], np.uint32)}
         return [result], {**state, site.key: mine}
+
+    def _shared(self, address: Address) -> _low_ops.Shared | None:
+        """Copies of this site's x, where others read the same; forgotten after the last of them."""
+        group = self.group.get(address)
+        if group is None:
+            return None
+        shared = self.copies.setdefault(group[0], {})
+        if address == group[-1]:
+            del self.copies[group[0]]
+        return shared
+
+
+def _readers(jaxpr: Any, sites: Mapping[Address, tuple[Site, Trained]]) -> dict[Address, list[Address]]:
+    """{site: all sites that read the same x, in order}, of those that aren't alone."""
+    found: dict[Any, list[Address]] = {}
+    for address in sorted(sites):
+        x = _pair(_low_plan.at(jaxpr, address), sites[address][0])[0]
+        if not isinstance(x, jex_core.Literal):
+            found.setdefault((address[:-1], x), []).append(address)
+    return {address: group for group in found.values() if len(group) > 1 for address in group}
 
 
 def _blind(eqn: Any) -> bool:

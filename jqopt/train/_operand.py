@@ -158,7 +158,7 @@ def _scales(m: Measured, q: Quantizer, axis: int, given: Array | None) -> _Scale
         scale = jnp.broadcast_to(scale, m.whole.shape)
         return _Scales(scale, None, divide(1.0, scale))
     if f.global_scale:
-        whole = quantizers.encode_scale(m.whole, f.element.max * q.scale_max)
+        whole = written(quantizers.encode_scale(m.whole, f.element.max * q.scale_max))
         scale = quantizers.block_scale(m.tiles, whole, q.scale_up)
         return _Scales(quantizers.block_encode_scale(scale, whole), scale, _global(m.whole, q))
     if f.scale.name == "e8m0":

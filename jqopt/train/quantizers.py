@@ -202,10 +202,10 @@ def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS, axis: int = -1) -> 
     turn = np.asarray([1, -1], np.float32).reshape(*ones, 2, 1, 1)
     signed = np.asarray(signs, np.float32).reshape(*ones, 2, 8, 1)
     pairs = x.astype(jnp.float32).reshape(*lead, -1, 2, 8, *last)
-    y = signed[..., :1, :, :] * pairs[..., :1, :, :] + turn * signed[..., 1:, :, :] * pairs[..., 1:, :, :]
+    y = (turn * signed[..., 1:, :, :]) * pairs[..., 1:, :, :] + signed[..., :1, :, :] * pairs[..., :1, :, :]
     for half in (4, 2, 1):
         pairs = y.reshape(*lead, -1, 2, half, *last)
-        y = pairs[..., :1, :, :] + turn * pairs[..., 1:, :, :]
+        y = turn * pairs[..., 1:, :, :] + pairs[..., :1, :, :]
     # reduce_precision, not astype: XLA may drop a cast to bfloat16 and back.
     return lax.reduce_precision(y.reshape(x.shape) * 0.25, 8, 7)
 
