@@ -288,7 +288,9 @@ class Trainer:
         how = dataclasses.replace(
             decision.gemms, dtypes=(*(v.aval.dtype.name for v in _pair(eqn, site)), out.dtype.name)
         )
-        shared = None if _apply.on_explicit_axes(out) else self._shared(address)
+        shared = self._shared(address)
+        if _apply.on_explicit_axes(out):  # values inside of `placed` are not to be seen outside
+            shared = None
         op = functools.partial(_low_ops.OPS[site.op], eqn, site, how, self.differ[address], shared)
         made = _apply.placed(op, out)
         result = made(*values, mine.get("scale"), mine.get("key"))
