@@ -115,7 +115,7 @@ def test_without_quantizers_it_is_the_convolution(name):
     (eqn,) = jax.make_jaxpr(model)({"w": w}, x).eqns
 
     def ours(p, x):
-        return _convolved(eqn, None, FLOAT, (frozenset(), frozenset()), x, p["w"], None, None)
+        return _convolved(eqn, None, FLOAT, (frozenset(), frozenset()), None, x, p["w"], None, None)
 
     @jax.jit
     def both(p, x):

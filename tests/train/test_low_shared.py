@@ -29,7 +29,9 @@ X = numbers(3, ROWS, WIDTH)
 
 
 def recipe(name: str, **more) -> dict:
-    section = {**jqopt.load_recipe(f"train/{name}").train.to_dict(), **more}
+    shipped = jqopt.load_recipe(f"train/{name}").train
+    assert shipped is not None
+    section = {**shipped.to_dict(), **more}
     if "backward" in more:  # gradients stay in high precision
         del section["grad"]
     return {"name": "mine", "rules": [{"match": "*", "weight": "nvfp4"}], "train": section}
