@@ -136,7 +136,7 @@ def test_the_sum_over_taps_is_rounded_once():
     how = dataclasses.replace(FLOAT, dtypes=("bfloat16",) * 3)
 
     def ours(x):
-        return _convolved(eqn, None, how, (frozenset(), frozenset()), x, w, None, None)
+        return _convolved(eqn, None, how, (frozenset(), frozenset()), None, x, w, None, None)
 
     wide = {"w": w.astype(jnp.float32)}
     y, back = jax.vjp(ours, x)
@@ -253,6 +253,6 @@ def test_shapes_are_planned_without_arithmetic():
     assert [(s.op, s.reason) for s in plan.trained] == [("conv", "")]
     empty = jax.make_jaxpr(conv(padding="VALID"))({"w": normal(0, (3, 3, 4, 4))}, normal(1, (1, 2, 5, 4))).eqns[0]
     assert _conv.windows(empty).out == (0, 3)
-    out = _convolved(empty, None, FLOAT, (frozenset(), frozenset()), normal(1, (1, 2, 5, 4)),
+    out = _convolved(empty, None, FLOAT, (frozenset(), frozenset()), None, normal(1, (1, 2, 5, 4)),
                      normal(0, (3, 3, 4, 4)), None, None)  # fmt: skip
     assert out.shape == (1, 0, 3, 4)
