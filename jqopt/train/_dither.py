@@ -64,6 +64,7 @@ def uniform(key: Array, shape: tuple[int, ...], row: Array | int = 0, column: Ar
     rows = jnp.asarray(row, jnp.uint32) + lax.broadcasted_iota(jnp.uint32, (int(np.prod(lead)) * r, words), 0)
     columns = jnp.asarray(column, jnp.uint32) // jnp.uint32(4) + lax.broadcasted_iota(jnp.uint32, rows.shape, 1)
     first, second = threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns))
+    # Nothing is concatenated, and constants stand first (see `quantizers.hadamard16`): this fuses into what reads it.
     word = jnp.where(np.asarray([True, True, False, False]), first[..., None], second[..., None])
     half = lax.shift_right_logical(_HALVES * word, np.uint32(16))
     half = half.reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]

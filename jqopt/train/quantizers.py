@@ -197,7 +197,8 @@ def hadamard16(x: Array, signs: tuple[int, ...] = RHT_SIGNS, axis: int = -1) -> 
         raise UnsupportedError(f"hadamard16: axis {axis} of {x.shape} is not a multiple of 16; pad it with zeros")
     lead, last = x.shape[: axis % x.ndim], x.shape[-1:] if axis == -2 else (1,)
     # a + b, a - b, written so that nothing is concatenated, the signs in the first of four steps: it stays one loop
-    # (constants of full rank: JAX would take the reshaping of others out of a scan, and make each an array of its own)
+    # (constants of full rank: JAX would take the reshaping of others out of a scan, and make each an array of its own;
+    # and first in each operation: XLA orders what a loop reads by it, and compiles loops of different orders apart)
     ones = (1,) * (len(lead) + 1)
     turn = np.asarray([1, -1], np.float32).reshape(*ones, 2, 1, 1)
     signed = np.asarray(signs, np.float32).reshape(*ones, 2, 8, 1)
