@@ -115,8 +115,8 @@ class Copies(NamedTuple):
 def copies(how: Gemms, x: Array) -> Copies:
     """The copies of x [*stack, m, k] that `linear` takes as `given`, for several products of one x.
 
-    Without them each product makes its own: XLA would compute those once, but a scan keep each of them. (What is kept for
-    a backward pass that isn't asked for, jit leaves out.)
+    Without them each product makes its own: XLA would compute those once, but a scan keep each of them. (What is kept
+    for a backward pass that isn't asked for, jit leaves out.)
     """
     assert how.shares, how
     rows = how.rows(lax.stop_gradient(x))
