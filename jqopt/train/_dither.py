@@ -18,7 +18,6 @@ from jax import Array, lax
 from jqopt import _compat
 
 _TURNS = np.asarray([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
-_HALVES = np.asarray([1 << 16, 1, 1 << 16, 1], np.uint32)  # bring each of 4 numbers to the upper half of its word
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -63,9 +62,6 @@ def uniform(key: Array, shape: tuple[int, ...], row: Array | int = 0, column: Ar
     words = -(-c // 4)
     rows = jnp.asarray(row, jnp.uint32) + lax.broadcasted_iota(jnp.uint32, (int(np.prod(lead)) * r, words), 0)
     columns = jnp.asarray(column, jnp.uint32) // jnp.uint32(4) + lax.broadcasted_iota(jnp.uint32, rows.shape, 1)
-    first, second = threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns))
-    # Nothing is concatenated, and constants stand first (see `quantizers.hadamard16`): this fuses into what reads it.
-    word = jnp.where(np.asarray([True, True, False, False]), first[..., None], second[..., None])
-    half = lax.shift_right_logical(_HALVES * word, np.uint32(16))
-    half = half.reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]
-    return (half.astype(jnp.int32).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-16)
+    pair = jnp.stack(threefry((key[..., 0, None, None], key[..., 1, None, None]), (rows, columns)), axis=-1)
+    half = lax.bitcast_convert_type(pair, jnp.uint16).reshape(*key.shape[:-1], *lead, r, words * 4)[..., :c]
+    return (half.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-16)
