@@ -112,6 +112,25 @@ def test_the_step_key_decides(ways, layers):
     assert bool((again(params, jax.random.key_data(KEY))["w"] == grad["w"]).all())
 
 
+def test_steps_are_traced_once(layers):
+    """P1: what `prepare` found are static values, equal if made again: no step compiles anew."""
+    params, x = layers
+    traced = []
+    prepared = train.prepare(lambda p, x: x @ p["w"][0], "train/nvfp4", params, x)
+
+    @jax.jit
+    def step(p, key):
+        traced.append(1)
+        return jax.grad(square(prepared, x, key))(p)
+
+    for number in range(3):
+        params = step(params, jax.random.key(number))
+    again = train.prepare(lambda p, x: x @ p["w"][0], "train/nvfp4", params, x)
+    assert len(traced) == 1
+    assert [s.gemms for s in again.plan.trained] == [s.gemms for s in prepared.plan.trained]
+    assert len({s.gemms for s in (*again.plan.trained, *prepared.plan.trained)}) == 1
+
+
 def test_evaluation_needs_no_key(ways, layers):
     params, x = layers
     prepared = ways[True, False][1]
