@@ -47,6 +47,7 @@ ROWS: dict[str, Any] = {
     "nvfp4_awq": "nvfp4_awq",
     "nvfp4_gptq": "nvfp4_gptq",
     "nvfp4_best": "nvfp4_best",
+    "nvfp4_feedback": "nvfp4_feedback",
     "nvfp4_svdquant": "nvfp4_svdquant",
     "mxfp4": "mxfp4",
     "mxfp4_mr_gptq": "mxfp4_mr_gptq",

@@ -265,22 +265,31 @@ class Executor(Sited):
         spec = decision.input_format
         codes = _ops.takes_codes(spec, tensor, rows.shape[-2], self.simulate, self._backend(decision), self.device)
         static = tensor.input_scale if spec is not None and spec.static else None
+        factors = feedback_of(tensor, decision)
         key = (id(x), order, spec, decision.group, codes, tensor.is_plain)
         if key not in self.values:
-            taken = self._taken(prepared(rows, tensor), spec, static, codes, self._backend(decision))
+            taken = self._taken(prepared(rows, tensor), spec, static, codes, self._backend(decision), factors)
             self.values[key] = (x, taken)  # x is kept: its id stays its own
         return self.values[key][1]
 
     def _taken(
-        self, rows: jax.Array, spec: _ops.InputFormat | None, scale: jax.Array | None, codes: bool, backend: str | None
+        self,
+        rows: jax.Array,
+        spec: _ops.InputFormat | None,
+        scale: jax.Array | None,
+        codes: bool,
+        backend: str | None,
+        factors: jax.Array | None,
     ) -> _ops.Activation:
         if spec is None or codes:
-            return _ops.activation(rows, spec, scale, codes, backend, self.device)
-        return _ops.Activation(self.quantized_input(rows, spec, scale))
+            return _ops.activation(rows, spec, scale, codes, backend, self.device, factors)
+        return _ops.Activation(self.quantized_input(rows, spec, scale, factors))
 
-    def quantized_input(self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None) -> jax.Array:
-        """Activations [*stack, m, k], quantized and dequantized."""
-        return _ops.quantize_input(x, spec, scale)
+    def quantized_input(
+        self, x: jax.Array, spec: _ops.InputFormat, scale: jax.Array | None, factors: jax.Array | None = None
+    ) -> jax.Array:
+        """Activations [*stack, m, k], quantized and dequantized; with feedback by these factors."""
+        return _ops.quantize_input(x, spec, scale, factors)
 
     def product(self, rows: jax.Array, taken: _ops.Activation, tensor: QTensor, decision: Decision) -> jax.Array:
         """float32 [*stack, m, n]: the activation `taken`, of which `rows` are the values before, times a weight."""
@@ -325,6 +334,23 @@ def prepared(rows: jax.Array, tensor: QTensor) -> jax.Array:
     if tensor.rotation:
         rows = _hadamard.transform(rows, tensor.rotation)
     return rows if tensor.pre_scale is None else rows * tensor.pre_scale[..., None, :].astype(rows.dtype)
+
+
+def feedback_of(tensor: QTensor, decision: Decision) -> jax.Array | None:
+    """The factors by which the site's activation is rounded with feedback; None where it is rounded plainly.
+
+    Raises:
+        PlanError: the plan says feedback, and the packed weight holds no factors.
+    """
+    if decision.input is None or not decision.input.feedback:
+        return None
+    if tensor.feedback is None:
+        raise PlanError(
+            f"{decision.key}: its input is rounded with feedback, and the packed weight holds no factors for that: it "
+            "was made with QTensor.quantize, or by training. Use jqopt.quantize or jqopt.load, or a recipe without "
+            "`feedback`"
+        )
+    return tensor.feedback
 
 
 def low_rank(rows: jax.Array, tensor: QTensor) -> jax.Array | None:
@@ -492,6 +518,11 @@ def _input(rule: Executor, x: jax.Array, axes: Sequence[int], decision: Decision
     spec = decision.input_format
     if spec is None:
         return x
+    if spec.feedback:
+        raise PlanError(
+            f"{decision.key}: the packed weight can't serve this product (it was rearranged on its way), so its input "
+            "can't be rounded with feedback; write `input:` without `feedback` in a rule for this site"
+        )
     scale: Any = None
     if spec.static:
         scale = weight.tensor.input_scale if isinstance(weight, QView) else weight.input_scale

@@ -409,6 +409,7 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
         of(tensor.low_a, [*stack, -1, ndim - 1]),
         of(tensor.low_b, [*stack, ndim - 2, -1]),
     )
+    fields["feedback"] = of(tensor.feedback, [*stack, ndim - 1, -1, -1])
     leaves = [f.name for f in dataclasses.fields(tensor) if not f.metadata.get("static")]
     if any(getattr(tensor, name) is not None for name in leaves if name not in fields):
         return None  # a kind of tensor with more leaves than these
@@ -418,7 +419,12 @@ def leaf_specs(value: QView, spec: PartitionSpec, mesh: Any) -> QView | None:
 def _divides(tensor: QTensor, k: int) -> bool:
     """May the packed columns be cut into pieces of k? Bytes and blocks must stay whole."""
     tile = tensor.format.tile if tensor.granularity == "block" else None
-    return k % {8: 1, 6: 4, 4: 2}[tensor.format.element.bits] == 0 and (tile is None or k % tile[1] == 0)
+    together = 1 if tensor.feedback is None else tensor.feedback.shape[-1]
+    return (
+        k % {8: 1, 6: 4, 4: 2}[tensor.format.element.bits] == 0
+        and (tile is None or k % tile[1] == 0)
+        and not k % together
+    )
 
 
 def _localized(value: Any, shape: Sequence[int]) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt import _hadamard, _jaxpr, _numerics, _ops, _program, _stage
+from jqopt import _feedback, _hadamard, _jaxpr, _numerics, _ops, _program, _stage
 from jqopt._calibrate import as_call
 from jqopt._plan import Plan, Unit
 from jqopt._program import Layer, Piece, Program
@@ -38,6 +38,7 @@ class Seen(NamedTuple):
     rotation: int
     input_scale: jax.Array | None
     pre_scale: jax.Array | None
+    feedback: jax.Array | None = None
 
 
 @dataclasses.dataclass
@@ -102,7 +103,9 @@ def run(
         for b, order in zip(feed, orders, strict=True):
             _advance(b, order[stage], now)
         pre = prepared.get(unit.name)
-        stats = _gather(plan, unit, feed, [o[stage] for o in orders], None if pre is None else pre[stage.layer])
+        pre = None if pre is None else pre[stage.layer]
+        factors = _factors(plan, unit, stage.layer, now, pre)
+        stats = _gather(plan, unit, feed, [o[stage] for o in orders], pre, factors)
         done = solve(unit, stage.layer, stats)
         now.seen[stage] = done.seen
         for path in unit.paths:
@@ -202,7 +205,7 @@ def _low(program: Program, piece: Piece, n: int, site: Site, now: _Now) -> Any:
 def _moved(program: Program, piece: Piece, to: int, env: dict, leaves: list, seen: list, low: list) -> dict:
     """The values that are kept after a piece."""
     static = tuple(None if s is None else (s.spec, s.rotation) for s in seen)
-    arrays = [None if s is None else (s.input_scale, s.pre_scale) for s in seen]
+    arrays = [None if s is None else (s.input_scale, s.pre_scale, s.feedback) for s in seen]
     weights, reads = program.weights(piece.weights, leaves), [env[v] for v in piece.reads]
     outs = _run_piece(_Keyed(piece, static), weights, reads, arrays, low)
     return {v: x for v, x in {**env, **dict(zip(piece.gives, outs, strict=True))}.items() if program.needed(v, to)}
@@ -231,10 +234,10 @@ def _run_piece(keyed: _Keyed, weights: list, reads: list, arrays: list, low: lis
         if keyed.static[i] is None:
             return None
         n, (site, _) = sites[i]
-        eqn, (spec, rotation), (scale, pre) = piece.eqns[n], keyed.static[i], arrays[i]
+        eqn, (spec, rotation) = piece.eqns[n], keyed.static[i]
         operands = list(values)
         x = values[1 - site.operand]
-        operands[1 - site.operand] = seen_as(x, site, Seen(spec, rotation, scale, pre))
+        operands[1 - site.operand] = seen_as(x, site, Seen(spec, rotation, *arrays[i]))
         (out,) = _jaxpr.bind(eqn, operands)
         if low[i] is not None:
             operands[1 - site.operand], operands[site.operand] = x, low[i]
@@ -265,7 +268,7 @@ def seen_as(x: jax.Array, site: Site, seen: Seen) -> jax.Array:
     keep = [i for i in range(x.ndim) if i not in axes]
     order = [*keep, *axes]
     rows = prepared_rows(rows_of(x, axes), seen.rotation, seen.pre_scale)
-    rows = _ops.quantize_input(rows, seen.spec, seen.input_scale)
+    rows = _ops.quantize_input(rows, seen.spec, seen.input_scale, seen.feedback)
     if seen.pre_scale is not None:
         rows = rows / seen.pre_scale
     rows = _hadamard.inverse(rows, seen.rotation) if seen.rotation else rows
@@ -276,7 +279,23 @@ def seen_as(x: jax.Array, site: Site, seen: Seen) -> jax.Array:
 # -------------------------------------------------------------------------------------------- statistics
 
 
-def _gather(plan: Plan, unit: Unit, feed: Sequence[_Batch], places: Sequence[int], pre: Any) -> dict[str, Any]:
+def _factors(plan: Plan, unit: Unit, layer: Layer, now: _Now, pre: Any) -> jax.Array | None:
+    """How the input of weights that are still float is rounded with feedback; None where it isn't."""
+    d = unit.decision
+    if d.input is None or not d.input.feedback:
+        return None
+    found = []
+    for path in unit.paths:
+        layout = plan.quantized[path].layout
+        assert layout is not None, path
+        w = prepared_rows(layout.to_matrix(now.leaves[now.names[path]])[layer], d.rotation, None)
+        found.append(w if pre is None else w / pre)
+    return _feedback.factors(found, d.input.feedback)
+
+
+def _gather(
+    plan: Plan, unit: Unit, feed: Sequence[_Batch], places: Sequence[int], pre: Any, factors: jax.Array | None
+) -> dict[str, Any]:
     """The statistics of a unit's input in one layer, over all batches: second moments of it as it is quantized."""
     d = unit.decision
     assert d.layout is not None
@@ -302,7 +321,7 @@ def _gather(plan: Plan, unit: Unit, feed: Sequence[_Batch], places: Sequence[int
     for b, place, x in zip(feed, places, xs, strict=True):
         moments, cross = _moments(
             _Static((site.input_axes, d.rotation, d.input_format)), moments, cross, x,
-            None if b.plain is None or cross is None else _activation(b, place, plain=True), pre, scale,
+            None if b.plain is None or cross is None else _activation(b, place, plain=True), pre, scale, factors,
         )  # fmt: skip
     return {**state, **moments, **({} if cross is None else {CROSS: cross})}
 
@@ -326,10 +345,12 @@ def _updated(static: _Static, state: dict, x: jax.Array, pre: Any) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moments(static: _Static, moments: dict, cross: Any, x: jax.Array, plain: Any, pre: Any, scale: Any) -> tuple:
+def _moments(
+    static: _Static, moments: dict, cross: Any, x: jax.Array, plain: Any, pre: Any, scale: Any, factors: Any
+) -> tuple:
     axes, rotation, spec = static
     rows = prepared_rows(rows_of(x, axes), rotation, pre)
-    seen = rows if spec is None else _ops.quantize_input(rows, spec, scale)
+    seen = rows if spec is None else _ops.quantize_input(rows, spec, scale, factors)
     moments = {MOMENTS.name: MOMENTS.update(moments[MOMENTS.name], seen)}
     if cross is not None and plain is not None:
         there = prepared_rows(rows_of(plain, axes), rotation, pre)

@@ -14,7 +14,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jax.core import Tracer
 
-from jqopt import _apply, _plan, _report, _stage, _trace
+from jqopt import _apply, _plan, _quantize, _report, _stage, _trace
 from jqopt._apply import Quantized
 from jqopt._calibrate import as_call
 from jqopt._calibrate import calibrate as calibrate
@@ -282,6 +282,7 @@ def load(
     checkpoint.check_params(read, tree)
     scales = checkpoint.attention(verify)
     checkpoint.check_attention(read, scales)
+    tree = _quantize.with_feedback(read, tree)
     qm = QuantizedModel(model, read, Quantized(tree, scales), None if call is None else _shapes(call))
     kept = checkpoint.directory / "hf"
     qm.source = kept if (kept / "config.json").is_file() else None

@@ -627,14 +627,14 @@ def qdq_matrix(
 
 
 def element_scales(codes: Codes, format: Format, n: int, k: int) -> tuple[Array, Array | None]:
-    """(what each code of a matrix [n, k] is multiplied by, its zero point), float32 [n, k]; never a zero scale."""
+    """(what each code of matrices [..., n, k] is multiplied by, its zero point), float32; never a zero scale."""
     tile = _tile_of(codes.scale.shape, n, k, format)
     factor = decode_scale(codes.scale, format)
     if codes.global_scale is not None and format.then is None:
         factor = factor * codes.global_scale[..., None, None]
 
     def at_each(per_tile: Array) -> Array:
-        tiles = to_tiles(jnp.zeros((n, k), jnp.float32), tile)
+        tiles = to_tiles(jnp.zeros((*per_tile.shape[:-2], n, k), jnp.float32), tile)
         return from_tiles(jnp.broadcast_to(spread(per_tile.astype(jnp.float32)), tiles.shape), n, k)
 
     zero = None if codes.zero_point is None else at_each(codes.zero_point)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 import jqopt_kernels as kernels
-from jqopt import _numerics
+from jqopt import _feedback, _numerics
 from jqopt._qtensor import QTensor
 from jqopt.formats import Format
 
@@ -23,11 +23,15 @@ asked, here = kernels.asked, kernels.here
 
 
 class InputFormat(NamedTuple):
-    """How a site quantizes its activation: the format, which values share a scale, and whether calibration gave it."""
+    """How a site quantizes its activation: the format, which values share a scale, and whether calibration gave it.
+
+    `feedback`: channels that are rounded together, each making up for the errors of those before it; 0: none are.
+    """
 
     format: Format
     granularity: str  # tensor | token | block
     static: bool
+    feedback: int = 0
 
 
 class Weight(NamedTuple):
@@ -39,12 +43,15 @@ class Weight(NamedTuple):
     k: int
 
 
-def quantize_input(x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> jax.Array:
+def quantize_input(
+    x: jax.Array, spec: InputFormat, scale: jax.Array | None, factors: jax.Array | None = None
+) -> jax.Array:
     """Quantize-dequantize of activations [*stack, m, k], float32; straight-through gradient.
 
-    A dynamic scale of the whole tensor is found for each matrix [m, k].
+    A dynamic scale of the whole tensor is found for each matrix [m, k]. `factors`: as `_feedback.factors` gives them,
+    where the spec says feedback.
     """
-    return _qdq_traced_once(x, scale, spec)
+    return _qdq_traced_once(x, scale, spec) if factors is None else _fed_traced_once(x, scale, factors, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -75,6 +82,28 @@ def _qdq_bwd(spec, kept, g):
 
 _qdq.defvjp(_qdq_fwd, _qdq_bwd)
 _qdq_traced_once = jax.jit(lambda *args: _qdq(*args), static_argnums=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fed(x: jax.Array, scale: jax.Array | None, factors: jax.Array, spec: InputFormat) -> jax.Array:
+    """Rounded with feedback."""
+    codes = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+    values = _feedback.rounded(x.astype(jnp.float32), codes, spec.format, factors)
+    # no code stands for NaN: it must not be lost
+    return lax.select_n(lax.ne(x, x), values, lax.full_like(values, np.nan))
+
+
+def _fed_fwd(x, scale, factors, spec):
+    return _fed(x, scale, factors, spec), (jnp.zeros((0,), x.dtype), scale, factors)
+
+
+def _fed_bwd(spec, kept, g):
+    like, scale, factors = kept
+    return g.astype(like.dtype), None if scale is None else jnp.zeros_like(scale), jnp.zeros_like(factors)
+
+
+_fed.defvjp(_fed_fwd, _fed_bwd)
+_fed_traced_once = jax.jit(lambda *args: _fed(*args), static_argnums=3)
 
 
 def _scaling(spec: InputFormat, scale: jax.Array | None) -> dict:
@@ -126,13 +155,15 @@ def activation(
     codes: bool,
     backend: str | None = None,
     device: str | None = None,
+    factors: jax.Array | None = None,
 ) -> Activation:
     """Quantizes activations [*stack, m, k] to codes, or to the values they stand for; `spec` None: not at all."""
     if spec is None:
         return Activation(x)
     if not codes:
-        return Activation(quantize_input(x, spec, scale))
-    return Activation(x, *_encoded(spec, quantizer(x, spec, backend, device), lax.stop_gradient(x), scale))
+        return Activation(quantize_input(x, spec, scale, factors))
+    kernel = None if factors is not None else quantizer(x, spec, backend, device)
+    return Activation(x, *_encoded(spec, kernel, lax.stop_gradient(x), scale, factors))
 
 
 def quantizer(x: jax.Array, spec: InputFormat, backend: str | None, device: str | None) -> kernels.Kernel | None:
@@ -157,12 +188,17 @@ def quantizer(x: jax.Array, spec: InputFormat, backend: str | None, device: str 
 # jitted so that JAX traces and lowers it once for all sites of one shape
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encoded(
-    spec: InputFormat, kernel: kernels.Kernel | None, x: jax.Array, scale: jax.Array | None
+    spec: InputFormat,
+    kernel: kernels.Kernel | None,
+    x: jax.Array,
+    scale: jax.Array | None,
+    factors: jax.Array | None = None,
 ) -> tuple[kernels.Packed, jax.Array | None]:
     if kernel is not None:
         codes = _by_kernel(spec, kernel, x, scale)
     else:
-        codes = kernels.Packed(*_numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale)))
+        nearest = _numerics.quantize_matrix(x, spec.format, packed=False, **_scaling(spec, scale))
+        codes = kernels.Packed(*(nearest if factors is None else _fed_codes(x, nearest, spec.format, factors)))
     if spec.format.element.nan is not None:
         if kernel is not None:  # which gives NaN its code
             return codes, None
@@ -171,6 +207,13 @@ def _encoded(
     if not spec.static and spec.granularity != "block":  # the scale, found from the row or the tensor, is NaN itself
         return codes, None
     return codes, jnp.sum(jnp.where(x != x, jnp.float32(jnp.nan), 0), axis=-1, keepdims=True)
+
+
+def _fed_codes(x: jax.Array, nearest: _numerics.Codes, format: Format, factors: jax.Array) -> _numerics.Codes:
+    """Codes rounded with feedback, one a byte, under the same scales."""
+    values = _feedback.rounded(x.astype(jnp.float32), nearest, format, factors)
+    each, zero = _numerics.element_scales(nearest, format, *x.shape[-2:])
+    return nearest._replace(data=_numerics.grid_codes(values, each, zero, format))
 
 
 def _by_kernel(spec: InputFormat, kernel: kernels.Kernel, x: jax.Array, scale: jax.Array | None) -> kernels.Packed:

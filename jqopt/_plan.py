@@ -24,8 +24,9 @@ from jqopt.analysis.folds import Fold
 from jqopt.errors import PlanError
 from jqopt.formats import Format
 
-# 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`; 4: `backend`
-VERSION = 4
+# 2: `fused` and `fold` of a decision; 3: `scaled`, `rotation` and `rank`; `attention`; 4: `backend`; 5: an input's
+# `feedback`
+VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Decision:
         if self.input is None:
             return None
         granularity = self.input.granularity or "tensor"
-        return InputFormat(self.input.element_format(), granularity, self.input.scaling == "static")
+        static = self.input.scaling == "static"
+        return InputFormat(self.input.element_format(), granularity, static, self.input.feedback or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +242,9 @@ def describe(spec: TensorSpec | None) -> str:
     block = format.block if spec.granularity == "block" else None
     size = "x".join(map(str, block)) if isinstance(block, tuple) else block
     scale = f"/{size}" if block is not None else f"/{spec.granularity}"
-    return f"{format.name}{scale}" + (f" {spec.scaling}" if spec.scaling == "dynamic" else "")
+    more = [spec.scaling] if spec.scaling == "dynamic" else []
+    more += [] if spec.feedback is None else [f"feedback {spec.feedback}"]
+    return " ".join((f"{format.name}{scale}", *more))
 
 
 def make_plan(recipe: Recipe, graph: Graph, own: algorithms.Table | None = None) -> Plan:
@@ -304,6 +308,8 @@ def _decide(
     note, input_spec = "", rule.input
     if site.op == "gather" and input_spec is not None:
         note, input_spec = "input left alone: a lookup multiplies nothing", None
+    if input_spec is not None and input_spec.feedback and (why := _no_feedback(site, layout, partial)):
+        note, input_spec = f"rounded without feedback: {why}", input_spec.model_copy(update={"feedback": None})
     spec, backend = rule.weight, rule.backend or recipe.backend or ""
     if backend and (site.op not in BY_TABLE or spec.element_format().then is not None):
         told = f"backend {backend} left alone: this {site.op} decodes its weight"
@@ -331,6 +337,17 @@ def _decide(
         rotation=layout.k if whole_step.rotation < 0 else whole_step.rotation, rank=rank,
         bits=bits + 16 * rank * (layout.n + layout.k) / max(layout.n * layout.k, 1),
     )  # fmt: skip
+
+
+def _no_feedback(site: Site, layout: Layout, partial: str) -> str:
+    """Why an activation can't be rounded with the weights in view; '' if it can."""
+    if site.op != "dot_general":
+        return f"a {site.op} has no one weight matrix for all tokens"
+    if partial:
+        return f"{partial} reads the weight"
+    if len(layout.stack) != len(site.outer):
+        return "each of several matrices meets its own part of the activation"
+    return ""
 
 
 def globalized(layout: Layout, whole: tuple[int, ...]) -> Layout:

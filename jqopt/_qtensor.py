@@ -132,7 +132,7 @@ class Layout:
         return atoms.transpose(back).reshape((*lead, *layout.shape))
 
 
-_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale", "low_a", "low_b")
+_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale", "low_a", "low_b", "feedback")
 
 
 @jax.tree_util.register_dataclass
@@ -145,10 +145,15 @@ class QTensor:
     meets this parameter; `pre_scale` [*stack, k], which the activation is multiplied with before it is quantized;
     `low_a` [*stack, r, k] and `low_b` [*stack, n, r] bfloat16, a low-rank part that reads the activation before that.
     `rotation`: the block of the Hadamard transform that the activation goes through first; 0: none.
+    `feedback` [*stack, blocks, b, b] bfloat16: how the activation's rounding errors move the channels after them, as
+    `jqopt._feedback.factors` makes it from the weights; it is not stored in checkpoints but made again.
     """
 
     BY_ROW: ClassVar[tuple[str, ...]] = ("data", "scale", "zero_point", "low_b")
     """Leaves [*stack, n or 1, ...] with something for each row of the matrix."""
+
+    DERIVED: ClassVar = ("feedback",)
+    """Leaves that are made from the others, and not stored in checkpoints."""
 
     data: Array
     scale: Array
@@ -163,6 +168,7 @@ class QTensor:
     low_a: Array | None = None
     low_b: Array | None = None
     rotation: int = dataclasses.field(default=0, metadata={"static": True})
+    feedback: Array | None = None
 
     @classmethod
     def quantize(

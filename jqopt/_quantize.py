@@ -18,6 +18,7 @@ from jqopt import (
     _attention_ops,
     _calibrate,
     _distill,
+    _feedback,
     _layerwise,
     _leaves,
     _numerics,
@@ -26,7 +27,7 @@ from jqopt import (
     _view,
     algorithms,
 )
-from jqopt._apply import Quantized, check_paths, check_values
+from jqopt._apply import Quantized, check_paths, check_values, on_explicit_axes
 from jqopt._calibrate import Stats, check_stats
 from jqopt._jaxpr import QView, leaf_specs
 from jqopt._numerics import amax_of
@@ -122,7 +123,7 @@ def quantize(
     now = [leaf if p is None else work.leaves[p] for p, leaf in zip(paths, leaves, strict=True)]
     if batches is not None and not plan.needs_batches:
         attention = _attention_ops.solve(plan.attention, None)
-    quant = Quantized(treedef.unflatten(work.shared_inputs(paths, now)), attention)
+    quant = Quantized(with_feedback(plan, treedef.unflatten(work.shared_inputs(paths, now))), attention)
     if trains and batches is not None:
         quant = _distill.distill(plan, quant, params, batches, **kwargs)
     if donate:
@@ -158,7 +159,7 @@ def _layer_by_layer(
     for path in plan.quantized if progress is not None else ():
         assert progress is not None
         progress(path)
-    return Quantized(work.finished(params), _attention(plan, params, batches, kwargs))
+    return Quantized(with_feedback(plan, work.finished(params)), _attention(plan, params, batches, kwargs))
 
 
 def _attention(plan: Plan, params: Any, batches: Any, kwargs: dict) -> dict[str, Any]:
@@ -186,13 +187,16 @@ class _Layers:
         scale = None
         if d.has_static_input and d.input is not None:
             scale = _numerics.scale_from_amax(got[0].input_amax, d.input.element_format())
-        codes, low = {}, {}
+        codes, low, seen = {}, {}, []
         for path, result in zip(unit.paths, got, strict=True):
             one = _packed(self.plan.quantized[path], result._replace(pre_scale=pre), True, jnp.float32)
             codes[path] = one.replace(low_a=None, low_b=None).whole()
             if result.low_rank is not None:
                 low[path] = one.whole() - codes[path]
-        return _layerwise.Done(codes, low, _layerwise.Seen(d.input_format, d.rotation, scale, pre))
+            seen.append(one.matrix())
+        block = 0 if d.input is None else d.input.feedback or 0
+        factors = _feedback.factors(seen, block) if block else None
+        return _layerwise.Done(codes, low, _layerwise.Seen(d.input_format, d.rotation, scale, pre, factors))
 
     def stacked(self, unit: Unit) -> tuple[Solved, ...]:
         """All layers of a unit.
@@ -257,6 +261,42 @@ def _check_input(plan: Plan, found: Mapping[str, Any], stats: Stats | None, batc
 
 def _traced(tree: Any) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
+def with_feedback(plan: Plan, params: Any) -> Any:
+    """The packed tree with the factors of feedback beside the weights whose input is rounded so; they aren't stored."""
+    blocks = [(u.paths, u.decision.input.feedback) for u in plan.units if u.decision.input is not None]
+    blocks = [(paths, block) for paths, block in blocks if block]
+    if not blocks:
+        return params
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
+    paths = [_stage.parameter_path(plan.function, key, leaf) for key, leaf in flat]
+    found = {p: leaf for p, (_, leaf) in zip(paths, flat, strict=True) if p is not None}
+    for of, block in blocks:
+        factors = _factors([found[p] for p in of], block)
+        found |= {p: found[p].replace(feedback=factors) for p in of}
+    return treedef.unflatten([leaf if p is None else found[p] for p, (_, leaf) in zip(paths, flat, strict=True)])
+
+
+def _factors(members: list[QTensor], block: int) -> jax.Array:
+    """What `_feedback.factors` makes of packed weights; on a mesh with Explicit axes every device holds all of it.
+
+    Of stacked layers one is decoded at a time.
+    """
+    beside = ("input_scale", "pre_scale", "low_a", "low_b", "feedback")
+    members = [t.replace(**dict.fromkeys(beside)) for t in members]
+
+    def run(members: list[QTensor]) -> jax.Array:
+        if members[0].data.ndim > 2:
+            return jax.lax.map(run, members)
+        return _feedback.factors([t.matrix() for t in members], block)
+
+    explicit = [x for x in map(jax.typeof, jax.tree.leaves(members)) if on_explicit_axes(x)]
+    if not explicit:
+        return jax.jit(run)(members)
+    whole = jax.sharding.NamedSharding(explicit[0].sharding.mesh, jax.sharding.PartitionSpec())
+    placed: Any = jax.sharding.auto_axes(run, out_sharding=whole)
+    return placed(members)
 
 
 class _Work:
@@ -478,7 +518,7 @@ def _static(plan: Plan, unit: Unit, powers: bool = False) -> tuple[tuple[Layout,
     }
     spec = d.input_format
     problem = Problem(
-        d.format, d.granularity, None if spec is None else InputQuantizer(*spec),
+        d.format, d.granularity, None if spec is None else InputQuantizer(*spec[:3]),
         tuple(together[x.fused or x.key] for x in decisions), powers,
         any(a.stage in ("range", "rounding") and a.name != "max" for a in solver(d.algorithm, plan.algorithms).parts),
     )  # fmt: skip

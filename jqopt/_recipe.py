@@ -48,6 +48,7 @@ GRANULARITIES = ("tensor", "channel", "token", "block")
 SCALINGS = ("static", "dynamic")
 OPERAND_GRANULARITIES = ("tensor", "token", "block")
 OPERAND_SCALINGS = ("static", "dynamic", "cast")
+MOST_FEEDBACK = 1024  # channels; their factors take 2 bytes a channel and channel of the block
 OPERANDS = ("q", "k", "v", "p")
 
 Role = Literal["weight", "input"]
@@ -128,6 +129,12 @@ def _block(value: object) -> int | tuple[int, int]:
             "or a pair of them [rows, contracted], such as 128 or [128, 128]"
         )
     return (sizes[0], sizes[1]) if len(sizes) == 2 else sizes[0]
+
+
+def _feedback(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= MOST_FEEDBACK:
+        raise ValueError(f"found {_show(value)}, expected a number of channels from 2 to {MOST_FEEDBACK}, such as 64")
+    return value
 
 
 def _each(check: Callable[[object], str]) -> Callable[[object], tuple[str, ...]]:
@@ -376,6 +383,11 @@ _FormatName = Annotated[str, PlainValidator(_format_name), _one_of(formats.names
 _Granularity = Annotated[str, PlainValidator(_choice(*GRANULARITIES)), _one_of(GRANULARITIES)]
 _Scaling = Annotated[str, PlainValidator(_choice(*SCALINGS)), _one_of(SCALINGS)]
 _Block = Annotated[int | tuple[int, int], PlainValidator(_block), WithJsonSchema({"anyOf": [_SIZE, _PAIR]})]
+_Feedback = Annotated[
+    int,
+    PlainValidator(_feedback),
+    WithJsonSchema({"type": "integer", "minimum": 2, "maximum": MOST_FEEDBACK}),
+]
 _OperandScaling = Annotated[str, PlainValidator(_choice(*OPERAND_SCALINGS)), _one_of(OPERAND_SCALINGS)]
 _OperandGranularity = Annotated[str, PlainValidator(_choice(*OPERAND_GRANULARITIES)), _one_of(OPERAND_GRANULARITIES)]
 _Backend = Annotated[str, PlainValidator(_choice(*_ops.BACKENDS)), _one_of(_ops.BACKENDS)]
@@ -399,6 +411,9 @@ class TensorSpec(_Model):
     scaling: _Scaling | None = _key("of inputs: static (calibrated) or dynamic (from the live tensor)")
     block: _Block | None = _key("values that share a scale, along the contracted axis; or [rows, contracted]")
     calibrator: _Calibrator | None = _key("of static inputs: how the range is found, such as percentile; default max")
+    feedback: _Feedback | None = _key(
+        "of inputs: channels that are rounded together, making up for each other's errors"
+    )
 
     def element_format(self) -> formats.Format:
         """The format with this spec's block; no block where a channel, a token or the tensor shares a scale.
@@ -456,6 +471,8 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
     granularity = spec.granularity or ("tensor" if role == "input" and own == "channel" else own)
     if granularity == "block" and spec.element_format().block is None:
         raise ValueError(f"format {spec.format!r} has no block of its own; write its size, such as 'block: 128'")
+    if spec.feedback is not None and role == "weight":
+        raise ValueError("feedback is for inputs; a weight is rounded so by `algorithm: gptq`")
     block = spec.element_format().block if granularity == "block" else None
     filled = TensorSpec(format=spec.format, granularity=granularity, scaling=spec.scaling, block=block)
     scaling = _weight_scaling(filled) if role == "weight" else _input_scaling(filled)
@@ -465,7 +482,7 @@ def _resolve(spec: TensorSpec, role: Role) -> TensorSpec:
             + ("how a weight's scales are found says 'algorithm', such as 'algorithm: mse'" if role == "weight" else
                "this one's scale follows the live data; leave it out, or write 'scaling: static'")
         )  # fmt: skip
-    return filled.model_copy(update={"scaling": scaling, "calibrator": spec.calibrator})
+    return filled.model_copy(update={"scaling": scaling, "calibrator": spec.calibrator, "feedback": spec.feedback})
 
 
 def _weight_scaling(spec: TensorSpec) -> str:

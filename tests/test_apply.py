@@ -14,6 +14,8 @@ from tests import arrays, zoo
 REFUSED = {zoo.TwoSame: "computed from a by mul", zoo.WeightNorm: "by mul"}
 SITES = {zoo.MHA: 4, zoo.LSTM: 8, zoo.GRU: 6, zoo.Remat: 4, zoo.Scan: 2, zoo.RematScan: 2, zoo.Einsum3: 2, zoo.Tied: 2}
 
+FED = {"rules": [{"match": "*", "weight": "nvfp4", "input": {"format": "nvfp4", "feedback": 16}}]}
+
 
 def rules(weight, activation=None, **more) -> dict:
     rule = {"match": "*", "weight": weight, **({"input": activation} if activation else {}), **more}
@@ -198,7 +200,7 @@ def test_sharded_weights_and_inputs():
     place = lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh, s))  # noqa: E731
     w = arrays.normal(0, (128, 64))
     x = arrays.normal(1, (8, 128))
-    for recipe in ("int8_per_token", "nvfp4"):
+    for recipe in ("int8_per_token", "nvfp4", FED):
         plan = jqopt.plan(recipe, jqopt.trace(lambda p, x: x @ p, w, x))
         quant = jqopt.quantize(plan, w, jqopt.calibrate(plan, w, [x]))
         want = jqopt.apply(plan)(quant, x)
@@ -213,7 +215,7 @@ def test_sharded_weights_and_inputs():
             np.testing.assert_allclose(jqopt.apply(plan)(sharded, xs), want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int4_block_weight_only", "fp8_2d_block_weight_only"])
+@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int4_block_weight_only", "fp8_2d_block_weight_only", FED])
 def test_shard_map_equals_the_plain_function(recipe):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
@@ -247,7 +249,7 @@ def test_a_new_site_at_other_inputs_is_an_error():
         qm(jnp.ones((2, 8)), deep=True)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int4_block_weight_only"])
+@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int4_block_weight_only", FED])
 def test_meshes_with_explicit_axes(recipe):
     """Column and row parallel products with out_sharding: calibrated, quantized and run as placed by the model."""
     mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

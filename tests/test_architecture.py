@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"formats", "_hadamard", "_trace_page", "_recipe_base", "_stage"},
     {"_numerics", "_recipe_train"},
     {"_qtensor"},
+    {"_feedback"},
     {"_ops"},
     {"_jaxpr"},
     {"algorithms", "analysis"},

@@ -33,8 +33,10 @@ ATTENTION = "attention_scales"
 CODES = 1
 """The version of how codes and scales are packed into bytes."""
 
-FIELDS = tuple(f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static"))
-"""The arrays a QTensor may hold."""
+FIELDS = tuple(
+    f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static") and f.name not in QTensor.DERIVED
+)
+"""The arrays a QTensor may hold and a checkpoint stores."""
 
 UNSTORABLE = ("uint4", "uint2")
 """Dtypes that Orbax's storage doesn't know."""

@@ -173,6 +173,7 @@ def regrouped(tensor: QTensor, count: int) -> QTensor:
         global_scale=_lead(tensor.global_scale, stack, count), input_scale=_lead(tensor.input_scale, stack, count),
         pre_scale=_lead(tensor.pre_scale, stack, count, trailing=1),
         low_a=_lead(tensor.low_a, stack, count, trailing=2), low_b=rows(tensor.low_b),
+        feedback=_lead(tensor.feedback, stack, count, trailing=3),
     )  # fmt: skip
 
 

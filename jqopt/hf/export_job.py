@@ -270,6 +270,14 @@ def _notes(params: Parameters, parts: Sequence[Part], to: np.dtype) -> tuple[str
     short = [p.place.path for p in parts if p.size is not None and _cut_tiles(p.packed, p.size)]
     if short:
         notes.append(f"{len(short)} weights have rows that are no multiple of their 128-row block, which vLLM asks for")
+    packed = [p.place.path for p in parts if p.row is not None]
+    specs = [f for path in packed if (f := params.plan.quantized[path].input_format) is not None]
+    if any(f.feedback for f in specs):
+        count = sum(1 for f in specs if f.feedback)
+        notes.append(f"{count} weights have inputs that jqopt rounds with feedback; engines round them to nearest")
+    if any(len(f.format.ranges) > 1 for f in specs):
+        count = sum(1 for f in specs if len(f.format.ranges) > 1)
+        notes.append(f"{count} weights have inputs whose scales jqopt chooses from several; engines take the largest")
     return tuple(notes)
 
 

@@ -238,7 +238,7 @@ def qat(
             through. Where scales are learned gradients are always clipped: that is a part of LSQ.
 
     Raises:
-        PlanError: the plan has no model, or another algorithm.
+        PlanError: the plan has no model, or another algorithm, or rounds inputs with feedback.
         CalibrationError: activations with static scales, and no statistics of them.
         UnsupportedError: scales can't be learned in these formats; the message names the parameter.
     """
@@ -250,6 +250,11 @@ def qat(
             raise PlanError(
                 f"{path}: training quantizes anew in every step, which {other[0]} can't do. Plan with "
                 "`algorithm: max` (or mse)"
+            )
+        if d.input is not None and d.input.feedback:
+            raise PlanError(
+                f"{path}: its input is rounded with feedback, by factors of weights that stay; training changes them "
+                "in every step. Train with a recipe without `feedback`, and quantize what is trained with it"
             )
     if learn_scales not in LEARN or (dual and learn_scales not in ("weights", "both")):
         raise UnsupportedError(

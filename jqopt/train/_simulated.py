@@ -35,10 +35,12 @@ class Trainer(Differentiable):
         super().__init__(sites, simulate=True, backend=None)
         self.clip, self.learn = clip, learn
 
-    def quantized_input(self, x: jax.Array, spec: InputFormat, scale: jax.Array | None) -> jax.Array:
+    def quantized_input(
+        self, x: jax.Array, spec: InputFormat, scale: jax.Array | None, factors: jax.Array | None = None
+    ) -> jax.Array:
         learn = self.learn and learnable(spec)
         if scale is None or not (learn or self.clip):
-            return super().quantized_input(x, spec, scale)
+            return super().quantized_input(x, spec, scale, factors)
         return _straight.static_input(x, scale, spec, learn)
 
 
