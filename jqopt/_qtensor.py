@@ -132,7 +132,7 @@ class Layout:
         return atoms.transpose(back).reshape((*lead, *layout.shape))
 
 
-_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale", "low_a", "low_b", "feedback")
+_LEAVES = ("data", "scale", "global_scale", "zero_point", "input_scale", "pre_scale", "low_a", "low_b")
 
 
 @jax.tree_util.register_dataclass
@@ -240,7 +240,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves as stored (packed)."""
+        """Bytes of all leaves as stored (packed); factors of feedback aren't."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self._arrays().values())
 
     @property

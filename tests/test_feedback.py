@@ -333,6 +333,8 @@ def test_a_checkpoint_holds_no_factors_and_comes_back_with_them(tmp_path):
     jqopt.save(tmp_path / "plain", plain)
     size = lambda d: sum(x.nbytes for x in jax.tree.leaves(jqopt.load(d)))  # noqa: E731
     assert size(tmp_path / "q") == size(tmp_path / "plain")
+    said = lambda qm: [t.nbytes for t in jax.tree.leaves(qm.params, is_leaf=is_qtensor) if is_qtensor(t)]  # noqa: E731
+    assert said(qm) == said(plain)
 
 
 def test_native_layers_give_the_same():

@@ -57,6 +57,12 @@ def test_plain_function(tmp_path):
 
 
 @pytest.mark.slow
+def test_feedback(tmp_path):
+    nearest, short, long = map(float, re.findall(r"KL ([\d.]+)e-3", output_of("feedback.py", folder=tmp_path)))
+    assert 5 < long < short < nearest < 60
+
+
+@pytest.mark.slow
 def test_export_hf(tmp_path):
     text = output_of("export_hf.py", folder=tmp_path)
     assert "compressed-tensors, 28 x FP8" in text
