@@ -96,26 +96,19 @@ def test_factors_of_weights_that_read_one_activation_are_of_all_their_rows():
 
 
 @pytest.mark.parametrize(("name", "granularity", "k", "block"), CASES)
-def test_it_rounds_as_the_sweep_in_numpy(name, granularity, k, block):
+def test_it_rounds_as_the_sweep_in_numpy_and_products_come_nearer(name, granularity, k, block):
     spec = InputFormat(formats.get(name), granularity, False, block)
     if granularity != "block" and spec.format.block is not None:
         spec = spec._replace(format=spec.format.with_block(None))
-    x, w = arrays.normal(3, (9, k)), alike(40, k)
+    x, w = arrays.normal(3, (64, k)), alike(48, k)
     factors = _feedback.factors([jnp.asarray(w)], block)
     got = np.asarray(quantize_input(x, spec, None, factors))
     wanted = swept(np.asarray(x), scales_of(x, spec), np.asarray(factors, np.float64), spec.format)
     # values near a tie may go the other way in float32, and what comes after them with them
     rows = np.all(np.isclose(got, wanted, rtol=1e-6, atol=1e-12), axis=1)
-    assert rows.mean() >= 8 / 9, f"{name}: rows {np.flatnonzero(~rows)} differ"
-
-
-@pytest.mark.parametrize(("name", "granularity", "k", "block"), CASES)
-def test_the_product_is_nearer_than_with_nearest_rounding(name, granularity, k, block):
-    spec = InputFormat(formats.get(name), granularity, False, block)
-    x, w = arrays.normal(4, (64, k)), jnp.asarray(alike(48, k))
-    off = lambda q: float(jnp.sum(jnp.square((x - q) @ w.T)))  # noqa: E731
-    fed = off(quantize_input(x, spec, None, _feedback.factors([w], block)))
-    assert fed < 0.95 * off(quantize_input(x, spec._replace(feedback=0), None))
+    assert rows.mean() > 0.9, f"{name}: rows {np.flatnonzero(~rows)} differ"
+    off = lambda q: np.square(np.asarray(x - q, np.float64) @ w.T.astype(np.float64)).sum()  # noqa: E731
+    assert off(got) < 0.95 * off(quantize_input(x, spec._replace(feedback=0), None))
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4_swept", "mxfp4"])
