@@ -21,6 +21,7 @@ from jqopt._ops import InputFormat, quantize_input
 from jqopt.errors import PlanError, RecipeError
 from jqopt.hf import load_model
 from tests import arrays
+from tests.test_layerwise import Block, Net, stacked
 
 REFERENCE = pathlib.Path(__file__).parent / "golden/tinylm_reference"
 CASES = [  # format, granularity, channels, block: blocks that divide neither the channels nor the format's blocks, too
@@ -192,29 +193,6 @@ def test_the_gradient_goes_straight_through():
 # ----------------------------------------------------------------------------------------------------- models
 
 
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        h = nn.RMSNorm(name="norm")(x)
-        gate, up = (nn.Dense(48, use_bias=False, name=n)(h) for n in ("gate", "up"))
-        return x + nn.Dense(32, use_bias=False, name="down")(nn.silu(gate) * up)
-
-
-class Net(nn.Module):
-    scanned: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        if self.scanned:
-            stacked = nn.scan(
-                lambda m, c, _: (m(c), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
-            )
-            return stacked(Block(name="layers"), x, None)[0]
-        for i in range(2):
-            x = Block(name=f"layers_{i}")(x)
-        return x
-
-
 X = arrays.normal(20, (64, 32))
 
 
@@ -231,13 +209,8 @@ def variables() -> dict:
     return Net().init(jax.random.key(1), X)
 
 
-def over_layers(params: dict) -> dict:
-    each = [params["params"][f"layers_{i}"] for i in range(2)]
-    return {"params": {"layers": jax.tree.map(lambda *x: jnp.stack(x), *each)}}
-
-
 def quantized(input: dict | str = FED, net: Net = Net(), **options) -> jqopt.QuantizedModel:  # noqa: B008
-    params = over_layers(variables()) if net.scanned else variables()
+    params = stacked(variables(), 2) if net.scanned else variables()
     return jqopt.quantize_model(net, recipe(input, **options), params=params, batches=[X[:32], X[32:]])
 
 
