@@ -324,11 +324,12 @@ def gemv(
 
 @triton.jit
 def scaled(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, b_ptr, M, o_ptr,
+    x_ptr, xs_ptr, w_ptr, ws_ptr, g_ptr, b_ptr, M, o_ptr,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, X_ELEMENT: tl.constexpr, ELEMENT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, GLOBAL: tl.constexpr,
+    X_ELEMENT: tl.constexpr, ELEMENT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n] = x [m, k] @ w [n, k].T of packed MX codes with their scales, on Blackwell's tensor cores."""
+    """y [m, n] = x [m, k] @ w [n, k].T of packed MX or NVFP4 codes with their scales, on Blackwell's tensor cores."""
     tiles_n: tl.constexpr = (N + BN - 1) // BN
     tiles_m = tl.cdiv(M, BM)
     pid = tl.program_id(0)
@@ -340,8 +341,8 @@ def scaled(
     row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
     KW: tl.constexpr = K * BITS // 8
     CW: tl.constexpr = BK * BITS // 8
-    KS: tl.constexpr = K // 32
-    CS: tl.constexpr = BK // 32
+    KS: tl.constexpr = K // BLOCK
+    CS: tl.constexpr = BK // BLOCK
     acc = tl.zeros((BM, BN), tl.float32)
     for i in range((K + BK - 1) // BK):
         cols, blocks = i * CW + tl.arange(0, CW), i * CS + tl.arange(0, CS)
@@ -352,7 +353,11 @@ def scaled(
         if BITS == 8:
             x = x.to(tl.float8e4nv, bitcast=True) if X_ELEMENT == "e4m3" else x.to(tl.float8e5, bitcast=True)
             w = w.to(tl.float8e4nv, bitcast=True) if ELEMENT == "e4m3" else w.to(tl.float8e5, bitcast=True)
+        if SCALE == "e4m3":
+            xs, ws = xs.to(tl.float8e4nv, bitcast=True), ws.to(tl.float8e4nv, bitcast=True)
         acc = tl.dot_scaled(x, xs, X_ELEMENT, tl.trans(w), ws, ELEMENT, acc)
+    if GLOBAL:
+        acc = acc * tl.load(g_ptr)
     if BIAS:
         acc = acc + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
     o = o_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :]

@@ -107,6 +107,8 @@ def test_block_scaled_products_in_the_interpreter():
         {"kernel": "triton_scaled", "pair": pair, "shape": shape} | more
         for pair, shape, more in [
             ("mxfp4 x mxfp4", (130, 150, 288), {}),
+            ("nvfp4 x nvfp4", (130, 150, 304), {}),
+            ("nvfp4 x nvfp4", (5, 7, 16), {"activation": "gelu"}),
             ("mxfp8 x mxfp8", (70, 20, 160), {}),
             ("mxfp4 x mxfp4", (5, 7, 32), {"activation": "silu"}),
         ]
@@ -116,7 +118,7 @@ def test_block_scaled_products_in_the_interpreter():
 
 
 @cuda
-@pytest.mark.parametrize(("spec", "kind"), [("mxfp4", "mxf4"), ("mxfp8", "mxf8f6f4")])
+@pytest.mark.parametrize(("spec", "kind"), [("nvfp4", "mxf4nvf4"), ("mxfp4", "mxf4"), ("mxfp8", "mxf8f6f4")])
 def test_block_scaled_products_use_blackwells_tensor_cores(spec, kind):
     launch = tools.launch("triton_scaled", OPERANDS[spec], OPERANDS[spec], Shapes(4096, 4096, 4096), 100)
     made = tools.compiled(launch, 100)

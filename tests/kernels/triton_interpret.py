@@ -2,9 +2,10 @@
 
     TRITON_INTERPRET=1 python -m tests.kernels.triton_interpret < jobs.json > errors.json
 
-The interpreter gets two things wrong, and the kernels are told (WIDE) or the cases chosen so that neither matters: its
-bfloat16 dot reads bits as integers, so that dots are done in float32 here; and its e4m3 has no NaN and its
-e5m2 no subnormals (the kernels read e5m2 as the upper half of a float16).
+The interpreter gets three things wrong. Of two the kernels are told (WIDE) or the cases chosen so that they don't
+matter: its bfloat16 dot reads bits as integers, so that dots are done in float32 here; and its e4m3 has no NaN and its
+e5m2 no subnormals (the kernels read e5m2 as the upper half of a float16). The third is mended here: its `dot_scaled`
+reads e4m3 scales (NVFP4's) as e8m0.
 """
 
 import json
@@ -49,6 +50,21 @@ class Array:
 
     def element_size(self) -> int:
         return self.array.itemsize
+
+
+def read_scales_by_their_type() -> None:
+    """Has the interpreter's `dot_scaled` decode e4m3 scales as e4m3, by ml_dtypes; Triton 3.9 reads all as e8m0."""
+    import ml_dtypes
+    from triton.runtime import interpreter
+
+    as_e8m0 = interpreter._dot_scaled_scale_to_f32
+
+    def decoded(handle, compute_type) -> np.ndarray:
+        if str(handle.dtype) != "fp8e4nv":
+            return as_e8m0(handle, compute_type)
+        return handle.data.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+    interpreter._dot_scaled_scale_to_f32 = decoded
 
 
 def interpret(launch) -> np.ndarray:
@@ -122,4 +138,5 @@ def job(what: dict) -> dict:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    read_scales_by_their_type()
     json.dump([job(what) for what in json.load(sys.stdin)], sys.stdout)
