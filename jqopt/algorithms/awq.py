@@ -27,8 +27,8 @@ def awq(alpha_grid: int = 10, objective: str | None = None) -> Algorithm:
     Args:
         alpha_grid: steps from 0 to 1.
         objective: `weights`: the squared output error of rounded weights over all tokens seen, which their second
-            moments give for any number of candidates; `outputs`: of rounded weights and activations, on a sample of
-            2048 tokens. By default the one that fits: outputs where activations are quantized.
+            moments give for any number of candidates; `outputs`: of rounded weights and activations, on a sample as
+            `smoothquant`'s. By default the one that fits: outputs where activations are quantized.
 
     Source: Lin et al., AWQ, arXiv 2306.00978; the formula of s as in ModelOpt's awq_lite.
 

@@ -21,7 +21,6 @@ from jqopt.formats import Format
 
 START = 128  # the fewest bins that entropy keeps
 SLACK = 1e-6  # of the smaller share, for the rounding of a percentile in float32
-AT_ONCE = 32  # candidates of entropy computed together
 OCTAVES, STEPS = 8, 64  # mse tries the amax times 2^(-i / 64), down to 1/256
 FRACTIONS = np.exp2(-np.arange(OCTAVES * STEPS + 1) / STEPS).astype(np.float32)
 
@@ -88,26 +87,28 @@ def divergences(counts: Counts, levels: int) -> jax.Array:
     filled = jnp.pad(jnp.cumsum((c > 0).astype(jnp.int32)), (1, 0))
     total = jax.tree.map(lambda x: x[-1], below)
     every = jnp.maximum(histogram.as_float(total), jnp.float32(1))
-    level, bins = jnp.arange(levels + 1, dtype=jnp.int32), jnp.arange(size, dtype=jnp.int32)
+    kept = START + jnp.arange(max(size - START + 1, 0), dtype=jnp.int32)
+    # [kept, levels + 1]: a level begins at the first bin b with b * levels / kept >= it
+    first = lax.div(jnp.arange(levels + 1, dtype=jnp.int32) * kept[:, None] + (levels - 1), jnp.int32(levels))
+    starts = jax.tree.map(lambda x: x[first], below)
+    of_level = histogram.minus(*(jax.tree.map(lambda x, part=part: x[:, part], starts) for part in (_UPPER, _LOWER)))
+    mean = of_level / jnp.maximum(jnp.diff(filled[first]), 1).astype(jnp.float32)
 
-    def divergence(kept: jax.Array) -> jax.Array:
-        first = (
-            level * kept + (levels - 1)
-        ) // levels  # a level begins at the first bin b with b * levels / kept >= it
-        starts = jax.tree.map(lambda x: x[first], below)
-        of_level = histogram.minus(*(jax.tree.map(lambda x, part=part: x[part], starts) for part in (_UPPER, _LOWER)))
-        mean = of_level / jnp.maximum(jnp.diff(filled[first]), 1).astype(jnp.float32)
-        q = mean[jnp.minimum(bins * levels // kept, levels - 1)]
-        inside = jnp.sum(jnp.where((bins < kept) & (c > 0), _relative_entropy(c, q), jnp.float32(0)))
-        tail = histogram.minus(total, jax.tree.map(lambda x: x[kept], below))
-        last, of_last = c[kept - 1], q[kept - 1]
-        moved = jnp.where(
-            last > 0, (last + tail) * _log(last + tail, of_last) - last * _log(last, of_last), jnp.float32(jnp.inf)
-        )
-        inside = inside + jnp.where(tail > 0, moved, jnp.float32(0))
-        return inside / every + jnp.log1p(-tail / every)
+    def add(i: jax.Array, inside: jax.Array) -> jax.Array:
+        """The i-th bin of every level: looking up 16 counts is ten times as fast as one mean for each of 2048 bins."""
+        bin = first[:, :-1] + i
+        p = c.at[bin].get(mode="clip")
+        there = (bin < first[:, 1:]) & (p > 0)
+        return inside + jnp.where(there, _relative_entropy(p, mean), jnp.float32(0))
 
-    return lax.map(divergence, START + jnp.arange(max(size - START + 1, 0), dtype=jnp.int32), batch_size=AT_ONCE)
+    inside = jnp.sum(lax.fori_loop(0, -(-size // levels), add, jnp.zeros_like(mean)), axis=1)
+    tail = histogram.minus(total, jax.tree.map(lambda x: x[kept], below))
+    last, of_last = c[kept - 1], jnp.take_along_axis(mean, ((kept - 1) * levels // kept)[:, None], axis=1)[:, 0]
+    moved = jnp.where(
+        last > 0, (last + tail) * _log(last + tail, of_last) - last * _log(last, of_last), jnp.float32(jnp.inf)
+    )
+    inside = inside + jnp.where(tail > 0, moved, jnp.float32(0))
+    return inside / every + jnp.log1p(-tail / every)
 
 
 _UPPER, _LOWER = slice(1, None), slice(None, -1)

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from jqopt.algorithms import _statistics
 from jqopt.algorithms._base import Algorithm, Task, input_qdq, qdq, scaled, tied
-from jqopt.algorithms._statistics import channel_amax, sample
+from jqopt.algorithms._statistics import PART, channel_amax, sample
 from jqopt.algorithms.weight_ranges import tried
 from jqopt.errors import PlanError
 
@@ -23,8 +23,8 @@ def smoothquant(alpha: float | str = "search", alpha_grid: int = 10) -> Algorith
 
     Args:
         alpha: from 0 (flat weights) to 1 (flat activations), or `search`: for each group the one of the grid, or no
-            scale at all, that minimizes the squared output error on a sample of up to 2048 tokens, with weights and
-            activations rounded as they will be.
+            scale at all, that minimizes the squared output error, with weights and activations rounded as they will be,
+            on a sample of the tokens: one of 128, but at least 128 and at most 2048.
         alpha_grid: steps of the grid.
 
     Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
@@ -70,14 +70,28 @@ def _scale(task: Task, largest: Array, weight: Array, dead: Array, alpha: np.flo
 
 def best_scale(task: Task, candidates: Array) -> Array:
     """The candidate [c, k] whose rounded products are nearest to the float ones, on a sample of tokens."""
-    x, there = sample(task)
-    wanted = [jnp.einsum("tk,enk->etn", x * there, w) for w in task.weights]
+    x, there, parts = sample(task)
     largest = channel_amax(task)
+
+    def part(i: Array, a: Array) -> Array:
+        return lax.dynamic_slice_in_dim(a, i * PART, PART)
+
+    def each(i: Array, wanted: list[Array]) -> list[Array]:
+        found = [jnp.einsum("tk,enk->ten", part(i, x), w) for w in task.weights]
+        return [lax.dynamic_update_slice_in_dim(a, f, i * PART, 0) for a, f in zip(wanted, found, strict=True)]
+
+    empty = [jnp.zeros((len(x), *w.shape[:2]), jnp.float32) for w in task.weights]
+    wanted = lax.fori_loop(0, parts, each, empty)
 
     def error(scale: Array) -> Array:
         trial = tried(scaled(task, scale))
-        seen = input_qdq(task, x * scale, jnp.max(largest * scale)) * there
-        got = [jnp.einsum("tk,enk->etn", seen, qdq(trial, i)) for i in range(len(task.weights))]
-        return sum((jnp.sum(jnp.square(g - w)) for g, w in zip(got, wanted, strict=True)), jnp.float32(0))
+        rounded = [qdq(trial, i) for i in range(len(task.weights))]
+
+        def more(i: Array, total: Array) -> Array:
+            seen = input_qdq(task, part(i, x) * scale, jnp.max(largest * scale))
+            got = [jnp.einsum("tk,enk->ten", seen, w) - part(i, y) for w, y in zip(rounded, wanted, strict=True)]
+            return total + sum((jnp.sum(jnp.square(g) * part(i, there)[..., None]) for g in got), jnp.float32(0))
+
+        return lax.fori_loop(0, parts, more, jnp.float32(0))
 
     return candidates[jnp.argmin(lax.map(error, candidates))]
