@@ -1,6 +1,7 @@
 """KL divergence of recipes to the float model on a trained language model, as it is and with outlier channels.
 
 128 windows of 256 tokens of WikiText-2 test, calibrated on 64 windows of train: `python -m benchmarks.accuracy`.
+Another model of the same tokens, of another seed say (`examples/tinylm/train.py --seed 1`): `--model DIR`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jqopt.hf import load_model
 from jqopt.hf.decoder import untie
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests/golden/tinylm_reference"
 WINDOWS, LENGTH, BATCH = 128, 256, 8
 FACTORS = (8.0, 16.0, 32.0, 64.0)
 
@@ -36,9 +38,11 @@ ROWS: dict[str, Any] = {
     "int4_awq": "int4_awq",
     "int4 awq_full": {"extends": [W4], "algorithm": "awq_full"},
     "int4_gptq": "int4_gptq",
+    "int4 zero points, qep+gptq": {"extends": ["int4_best"], "algorithm": ["qep", {"name": "gptq", "scales": "max"}]},
     "int4_best": "int4_best",
     "nvfp4 weights, max": "nvfp4_weight_only",
     "nvfp4 weights, gptq": {"extends": ["nvfp4_weight_only"], "algorithm": "gptq"},
+    "nvfp4 weights, qep+gptq": {"extends": ["nvfp4_weight_only_best"], "algorithm": ["qep", "gptq"]},
     "nvfp4_weight_only_best": "nvfp4_weight_only_best",
     "nvfp4": "nvfp4",
     "nvfp4_mse": "nvfp4_mse",
@@ -46,6 +50,11 @@ ROWS: dict[str, Any] = {
     "nvfp4_four_over_six": "nvfp4_four_over_six",
     "nvfp4_awq": "nvfp4_awq",
     "nvfp4_gptq": "nvfp4_gptq",
+    "nvfp4 4/6, smooth+qep+gptq": {
+        "extends": ["nvfp4_four_over_six"],
+        "algorithm": ["smoothquant", "qep", "gptq"],
+        "layerwise": True,
+    },
     "nvfp4_best": "nvfp4_best",
     "nvfp4_feedback": "nvfp4_feedback",
     "nvfp4_svdquant": "nvfp4_svdquant",
@@ -80,9 +89,9 @@ ROTATED = {name for name in ROWS if "R1R2" in name}
 
 
 @functools.cache
-def model() -> tuple[Any, Any, np.ndarray]:
+def model(folder: pathlib.Path = REFERENCE) -> tuple[Any, Any, np.ndarray]:
     """(model, variables, test windows [WINDOWS, LENGTH])"""
-    found, variables = load_model(ROOT / "tests/golden/tinylm_reference")
+    found, variables = load_model(folder)
     tokens = np.load(ROOT / "examples/tinylm/test_tokens.npy").astype(np.int32)
     return found, variables, tokens[: WINDOWS * LENGTH].reshape(WINDOWS, LENGTH)
 
@@ -102,22 +111,22 @@ def divergence(reference: jax.Array, candidate: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _reference() -> list[np.ndarray]:
-    found, variables, windows = model()
+def _reference(folder: pathlib.Path) -> list[np.ndarray]:
+    found, variables, windows = model(folder)
     plain = jax.jit(found.apply)
     return [np.asarray(plain(variables, windows[i : i + BATCH, :-1])) for i in range(0, WINDOWS, BATCH)]
 
 
-def measured(recipe: Any, variables: Any = None, rotate: bool = False) -> float:
+def measured(recipe: Any, variables: Any = None, rotate: bool = False, folder: pathlib.Path = REFERENCE) -> float:
     """KL x 1e3 to the float model, of its own weights or of others that compute the same; `rotate`: R1 and R2 first."""
-    found, own, windows = model()
+    found, own, windows = model(folder)
     variables = own if variables is None else variables
     if rotate:
         found, variables = rotated(found, variables)
     qm = jqopt.quantize_model(found, recipe, params=variables, batches=calibration())
     total = sum(
         float(divergence(reference, qm(windows[i * BATCH : (i + 1) * BATCH, :-1])))
-        for i, reference in enumerate(_reference())
+        for i, reference in enumerate(_reference(folder))
     )
     return 1e3 * total / (WINDOWS * (LENGTH - 1))
 
@@ -135,13 +144,13 @@ def rotated(found: Any, variables: Any) -> tuple[Any, Any]:
     return found, variables
 
 
-def with_outliers(seed: int = 0, part: float = 0.02) -> Any:
+def with_outliers(seed: int = 0, part: float = 0.02, folder: pathlib.Path = REFERENCE) -> Any:
     """The model's variables with outlier channels, 2 % of them 8 to 64 times as large, that compute the same.
 
     Powers of two: into norm gains and out of the weights that read them, into value rows and out of the output
     projection, into up rows and out of the down projection.
     """
-    found, variables, windows = model()
+    found, variables, windows = model(folder)
     graph = jqopt.trace(found, variables, windows[:1, :-1])
     for group, scale in _scales(graph, np.random.default_rng(seed), part):
         variables = transforms.fold_scale(graph, group, scale)(variables)
@@ -177,15 +186,17 @@ def main(flags: list[str] | None = None) -> None:
     """The table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"some of: {', '.join(ROWS)}")
-    parser.add_argument("--natural", action="store_true", help="without the model with outliers")
+    parser.add_argument("--only", choices=("natural", "outliers"), help="one of the two columns")
+    parser.add_argument("--model", type=pathlib.Path, default=REFERENCE, help="a folder of the Hugging Face kind")
     args = parser.parse_args(flags)
     chosen: Mapping[str, Any] = {n: ROWS[n] for n in args.rows} or ROWS
-    outliers = None if args.natural else with_outliers()
-    print(f"{'recipe':<28}{'natural':>10}{'outliers':>10}   (KL x 1e3)")
+    columns = {"natural": None, "outliers": None} if args.only is None else {args.only: None}
+    if "outliers" in columns:
+        columns["outliers"] = with_outliers(folder=args.model)
+    print(f"{'recipe':<28}" + "".join(f"{c:>10}" for c in columns) + f"   (KL x 1e3 of {args.model.name})")
     for name, recipe in chosen.items():
-        turn = name in ROTATED
-        other = "" if outliers is None else f"{measured(recipe, outliers, turn):.2f}"
-        print(f"{name:<28}{measured(recipe, rotate=turn):>10.2f}{other:>10}", flush=True)
+        found = [measured(recipe, v, name in ROTATED, args.model) for v in columns.values()]
+        print(f"{name:<28}" + "".join(f"{x:>10.2f}" for x in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,3 +35,11 @@ def settings() -> Any:
     """
     context = getattr(jax_config, "trace_context", None)
     return object() if context is None else context()
+
+
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan's equation are constants, and how many after them are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from JAX 0.12 on: a tree of the three
+    return len(list(consts)), len(list(carry))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jax.sharding import PartitionSpec
 
-from jqopt import _view
+from jqopt import _compat, _view
 from jqopt._qtensor import Layout, QTensor
 from jqopt.errors import UnsupportedError
 
@@ -209,7 +209,7 @@ def _rearranged(eqn: Any, values: list) -> list:
 def _unrolled(eqn: Any, values: list, rule: Rule, state: State, address: Address) -> tuple[list, State]:
     """A scan as its steps, one after the other."""
     p = eqn.params
-    n_const, n_carry, length = p["num_consts"], p["num_carry"], p["length"]
+    (n_const, n_carry), length = _compat.scan_sizes(p), p["length"]
     consts, carry, xs = values[:n_const], values[n_const : n_const + n_carry], values[n_const + n_carry :]
     ys: dict[int, list] = {}
     for i in reversed(range(length)) if p["reverse"] else range(length):
@@ -225,7 +225,7 @@ def _scan(eqn: Any, values: list, rule: Rule, state: State, address: Address) ->
         return _unrolled(eqn, values, rule, state, address)
     p = eqn.params
     body, body_consts = open_jaxpr(p["jaxpr"])
-    n_const, n_carry = p["num_consts"], p["num_carry"]
+    n_const, n_carry = _compat.scan_sizes(p)
     consts, init, xs = values[:n_const], values[n_const : n_const + n_carry], values[n_const + n_carry :]
     mine, stacked = rule.state_below(address), rule.stacked_at(address)
     kept = {k: v for k, v in state.items() if k not in mine}

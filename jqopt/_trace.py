@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex_core
 
-from jqopt import _view
+from jqopt import _compat, _view
 from jqopt._jaxpr import COMBINERS, OPAQUE, Address, inner_jaxpr, open_jaxpr
 from jqopt._qtensor import Layout
 from jqopt._stage import Function, parameter_path, stage
@@ -341,7 +341,7 @@ class _Walk:
     def _scan(self, eqn: Any, ins: list, address: Address, scope: str) -> list:
         p = eqn.params
         body, _ = open_jaxpr(p["jaxpr"])
-        n_const, n_carry = p["num_consts"], p["num_carry"]
+        n_const, n_carry = _compat.scan_sizes(p)
         carry = self._carry(body, ins[n_const : n_const + n_carry], n_const)
         xs = [self._layer(v, address) for v in ins[n_const + n_carry :]]
         outs = self.run(body, [*ins[:n_const], *carry, *xs], (*address, 0), scope)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex_core
 
+from jqopt import _compat
 from jqopt._jaxpr import Address, inner_jaxpr, open_jaxpr
 
 ENTER, LEAVE, SLICE, STACK = "loop.enter", "loop.leave", "loop.slice", "loop.stack"
@@ -203,7 +204,7 @@ class _Build:
     def _scan(self, eqn: Any, ins: list[Value], at: tuple, loops: tuple[Loop, ...]) -> Sequence:
         p = eqn.params
         body, _ = open_jaxpr(p["jaxpr"])
-        n_const, n_carry = p["num_consts"], p["num_carry"]
+        n_const, n_carry = _compat.scan_sizes(p)
         init, xs = ins[n_const : n_const + n_carry], ins[n_const + n_carry :]
         inner = (*loops, Loop(at[0], p["length"], n_carry > 0))
         carry = self._enter(body, init, n_const, at, inner)

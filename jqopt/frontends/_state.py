@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.extend import core as jex_core
 
+from jqopt import _compat
 from jqopt._jaxpr import inner_jaxpr, open_jaxpr
 from jqopt._view import SAME
 
@@ -35,11 +36,10 @@ def _operands(eqn: Any) -> list[int | None]:
 
 def _scan(eqn: Any) -> list[int | None]:
     """A carry that every step hands on, and a slice of xs that comes out as it went in."""
-    first_x = eqn.params["num_consts"] + eqn.params["num_carry"]
+    n_const, n_carry = _compat.scan_sizes(eqn.params)
     out: list[int | None] = []
     for i, source in enumerate(handed_on(eqn.params["jaxpr"])):
-        carry = eqn.params["num_consts"] + i
-        same = source == carry if carry < first_x else source is not None and source >= first_x
+        same = source == n_const + i if i < n_carry else source is not None and source >= n_const + n_carry
         out.append(source if same else None)
     return out
 
