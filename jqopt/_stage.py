@@ -86,7 +86,15 @@ def stage(
 
 
 def _program(call: Callable, params: Any, arrays: list) -> tuple[Any, Any]:
-    return jax.make_jaxpr(call, return_shape=True)(params, arrays)
+    return jax.make_jaxpr(call, return_shape=True)(*jax.tree.map(_held, (params, arrays)))
+
+
+def _held(leaf: Any) -> Any:
+    """A shape with the dtype that JAX will hold it in: without x64 an int64 becomes an int32 (since 0.12 it warns)."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return leaf if dtype == leaf.dtype else leaf.update(dtype=dtype)
 
 
 _MOST = 8  # programs kept of one model: a prompt's and a token's shapes, in training and in evaluation
