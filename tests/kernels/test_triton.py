@@ -396,5 +396,5 @@ def test_compiled_by_xla_no_weight_is_decoded_to_memory(tmp_path):
     folder = cuda_folder(tmp_path)
     flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
     facts = subprocess_json("tests.kernels.triton_aot", "", XLA_FLAGS=flags)
-    assert facts["calls"].count("triton_kernel_call") == 2
+    assert sum(c.startswith("triton_kernel_call") for c in facts["calls"]) == 2  # jax-triton 0.4 adds `_ffi`
     assert facts["temporary"] < 512 * 1024 * 2
