@@ -25,6 +25,7 @@ LIMITS: dict[str, tuple[Any, str, str, float | None, str]] = {
     "awq": ("awq", "int4_block_weight_only", "", 2.5, "17"),
     "awq_clip": ("awq_clip", "int4_block_weight_only", "", 6.0, "91"),
     "gptq": ("gptq", "int4_block_weight_only", "", 4.0, "5.6"),
+    "gptq, 2 passes": ({"name": "gptq", "passes": 2}, "int4_block_weight_only", "", None, ""),
     "svdquant + gptq": (["smoothquant", "svdquant", "gptq"], "nvfp4", "", None, ""),
     "gptq, layerwise": ("gptq", "nvfp4_weight_only", "layerwise", None, ""),
     "qep + gptq, layerwise": (["qep", "gptq"], "nvfp4_weight_only", "layerwise", None, ""),
