@@ -39,12 +39,12 @@ SOLVED = {  # (recipe, algorithm): KL x 1e3 of the reference's own solvers, writ
 RECIPES = {  # shipped recipe: KL x 1e3 of the reference's row
     "int8_smoothquant": 1.58,  # W8A8 static + SmoothQuant searched
     "int4_awq": 10.17,  # AWQ-lite
-    "nvfp4_weight_only_best": 2.39,  # GPTQ mse + QEP 0.5, layer by layer
     "nvfp4_four_over_six": 15.24,
     "mxfp4_mr_gptq": 22.67,  # blocks of 32, mse, exponent rounded up
 }
 BEYOND = {  # shipped recipe: KL x 1e3 of the reference's best row at the same bits
     "int4_best": 3.24,  # GPTQ asym + QEP 0.5, layer by layer
+    "nvfp4_weight_only_best": 2.39,  # GPTQ mse + QEP 0.5, layer by layer
     "nvfp4_feedback": 10.66,  # 10 % below the best row of W4A4, the next line
     "nvfp4_best": 11.85,  # W4A4 SmoothQuant searched + GPTQ mse, 4/6 activations + QEP 0.5
 }
