@@ -318,7 +318,7 @@ def copy_keys(how: Gemms, key: Array, axes: Sequence[int]) -> Array:
 
 
 _COPY = {ROWS: (0x9E3779B9, 0x7F4A7C15), COLUMNS: (0xF39CC060, 0x5CEDC834)}
-"""What a copy's key differs by: Threefry's streams of two keys have nothing in common, however alike these are."""
+"""What a copy's key differs by: the streams of two keys have nothing in common, however alike these are."""
 
 
 def _dithers(keys: Array, copies: Sequence[tuple[int, tuple[int, ...]]], place: Array | None) -> dict[int, Array]:

@@ -173,7 +173,7 @@ def key_data(key: Any) -> Array | None:
 
 def layer_keys(key: Array, outer: tuple[int, ...]) -> Array:
     """The step's key for each layer of scans, uint32 [*outer, 2]: its first word counts them. (A site has words of its
-    own, `_linear.copy_keys`: of keys that differ in one bit Threefry's streams have nothing in common.)"""
+    own, `_linear.copy_keys`: of keys that differ in one bit the streams have nothing in common.)"""
     numbers = np.zeros((*outer, 2), np.uint32)
     numbers[..., 0] = np.arange(math.prod(outer)).reshape(outer)
     return key + numbers

@@ -45,7 +45,7 @@ def _kernel(rows: Plan, columns: Plan, interpret: bool, *refs: Any) -> None:
     operands = []
     for plan in (rows, columns):
         given = scalar(next(rest)) if needs_scale(plan.spec) else None
-        operands.append((given, dither_at(next(rest), at, size) if plan.way.stochastic else None))
+        operands.append((given, dither_at(next(rest), at, size, interpret) if plan.way.stochastic else None))
     refs = tuple(rest)
     (given, dither), (column_given, turned) = operands
     write_copy(rows, x, given, dither, interpret, refs[: len(refs) // 2], place, full)

@@ -23,10 +23,15 @@ from .quantize_way import F32_MAX, LARGEST, NAN, SIXTH, TINY, UNSIGNED_ZERO, Way
 Divide = Callable[[jax.Array, jax.Array], jax.Array]
 """x / y of one shape, correctly rounded."""
 
+Product = Callable[[jax.Array, np.uint32], tuple[jax.Array, jax.Array]]
+"""The upper and the lower 32 bits of uint32 numbers times one."""
+
+Words = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 _MAGNITUDE, _SIGN, _EXPONENT, _SMALLEST_NORMAL = (
     np.uint32(0x7FFFFFFF), np.uint32(0x80000000), np.uint32(0x7F800000), np.uint32(0x00800000))  # fmt: skip
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = np.uint32(0x1BD11BDA)
+_FACTORS = (np.uint32(0xD2511F53), np.uint32(0xCD9E8D57))
+_KEY_STEPS = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))  # from one round's key to the next one's
 
 
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -214,26 +219,39 @@ def bfloat16(x: jax.Array) -> jax.Array:
 # Random numbers -----------------------------------------------------------------------------------------------------
 
 
-def threefry(key: tuple[Any, Any], counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), unrolled: two random words for each pair of counters."""
-    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
-    a, b = counter[0] + keys[0], counter[1] + keys[1]
-    for i in range(5):
-        for turn in _ROTATIONS[i % 2]:
-            a = a + b
-            b = a ^ ((b << np.uint32(turn)) | (b >> np.uint32(32 - turn)))
-        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + np.uint32(i + 1)
-    return a, b
+def product(x: jax.Array, factor: np.uint32) -> tuple[jax.Array, jax.Array]:
+    """Upper and lower 32 bits of x * factor, from products of halves: XLA can't partition `lax.mulhi` (JAX 0.10)."""
+    low = np.uint32(0xFFFF)
+    x_high, x_low, f_high, f_low = x >> np.uint32(16), x & low, factor >> np.uint32(16), factor & low
+    middle = x_high * f_low + ((x_low * f_low) >> np.uint32(16))
+    upper = x_high * f_high + (middle >> np.uint32(16)) + ((x_low * f_high + (middle & low)) >> np.uint32(16))
+    return upper, x * factor
 
 
-def uniform(key: tuple[Any, Any], row: Any, column: Any, r: int, c: int) -> jax.Array:
-    """float32 [r, c]: (n + 1/2) / 2^16 for the values from this global row and column on (c and it multiples of 4).
+def philox(key: tuple[Any, Any], counter: Words, times: Product = product) -> Words:
+    """Philox-4x32 with 10 rounds (Salmon et al. 2011): four random words for each four counters."""
+    a, b, c, d = counter
+    for i in range(10):
+        first, second = (key[n] + np.uint32(i * int(_KEY_STEPS[n]) & 0xFFFFFFFF) for n in (0, 1))
+        (high, low), (other_high, other_low) = times(a, _FACTORS[0]), times(c, _FACTORS[1])
+        a, b, c, d = other_high ^ b ^ first, other_low, high ^ d ^ second, low
+    return a, b, c, d
 
-    The counter is a value's row and its column over 4; two words are the 16 bits of four neighbours.
+
+def uniform(key: tuple[Any, Any], row: Any, column: Any, r: int, c: int, times: Product = product) -> jax.Array:
+    """float32 [r, c]: (n + 1/2) / 2^16 for the values from this global row and column on (c and it multiples of 8).
+
+    The counter is a value's row and its column over 8; four words are the 16 bits of eight neighbours.
     """
-    rows = row + lax.broadcasted_iota(jnp.uint32, (r, c // 4), 0)
-    columns = (column >> np.uint32(2)) + lax.broadcasted_iota(jnp.uint32, (r, c // 4), 1)
-    a, b = threefry(key, (rows, columns))
-    low = joined(a & np.uint32(0xFFFF), b & np.uint32(0xFFFF))
-    half = joined(low, joined(a >> np.uint32(16), b >> np.uint32(16))).reshape(r, c)  # [..., word, half]
-    return (_signed(half).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-16)
+    rows = row + lax.broadcasted_iota(jnp.uint32, (r, c // 8), 0)
+    columns = (column >> np.uint32(3)) + lax.broadcasted_iota(jnp.uint32, (r, c // 8), 1)
+    nought = jnp.zeros_like(rows)
+    words = philox(key, (rows, columns, nought, nought), times)
+    half = joined(_in_order([w & np.uint32(0xFFFF) for w in words]), _in_order([w >> np.uint32(16) for w in words]))
+    return (_signed(half.reshape(r, c)).astype(jnp.float32) + jnp.float32(0.5)) * jnp.float32(2.0**-16)
+
+
+def _in_order(four: list[jax.Array]) -> jax.Array:
+    """Four arrays -> [..., 2, 2], the first two in the first row."""
+    a, b, c, d = four
+    return joined(joined(a, c), joined(b, d))

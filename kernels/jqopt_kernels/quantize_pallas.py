@@ -19,7 +19,7 @@ from . import quantize_math as qm
 from ._device import capability, platform
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .decode import CODINGS
-from .quantize_pallas_call import call, divide_rn, load, program, scalar, store
+from .quantize_pallas_call import call, divide_rn, load, product, program, scalar, store
 from .quantize_way import NEAREST, Random, Way, check, needs_scale, packed_of, scale_shape, tile, unknown
 from .quantize_xla import no_gradient, pack6, whole_scale
 
@@ -111,14 +111,15 @@ def _kernel(plan: Plan, before: Before, interpret: bool, *refs: Any) -> None:
     values = [load(next(rest), at, size, full) for _ in range(plan.inputs)]
     values += [load(next(rest), (0, at[1]), (1, size[1]), (1, plan.k)) for _ in range(plan.rows)]
     given = scalar(next(rest)) if needs_scale(plan.spec) else None
-    dither = dither_at(next(rest), at, size) if plan.way.stochastic else None
+    dither = dither_at(next(rest), at, size, interpret) if plan.way.stochastic else None
     write_copy(plan, before.apply(*values), given, dither, interpret, list(rest), place, full)
 
 
-def dither_at(ref: Any, at: tuple, size: tuple[int, int]) -> jax.Array:
+def dither_at(ref: Any, at: tuple, size: tuple[int, int], interpret: bool) -> jax.Array:
     """Random numbers of a tile; the operand holds two words of a key, the first row and the first column."""
     key, start = (scalar(ref, 0), scalar(ref, 1)), (scalar(ref, 2), scalar(ref, 3))
-    return qm.uniform(key, start[0] + at[0].astype(jnp.uint32), start[1] + at[1].astype(jnp.uint32), *size)
+    times = qm.product if interpret else product
+    return qm.uniform(key, start[0] + at[0].astype(jnp.uint32), start[1] + at[1].astype(jnp.uint32), *size, times)
 
 
 def write_copy(

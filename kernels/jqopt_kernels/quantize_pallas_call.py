@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -63,6 +64,18 @@ def divide_rn(x: jax.Array, y: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )  # fmt: skip
     return out
+
+
+def product(x: jax.Array, factor: np.uint32) -> tuple[jax.Array, jax.Array]:
+    """Upper and lower 32 bits of uint32 x * factor: under Triton Pallas has no operation for the upper ones.
+
+    The instruction's result is called signed, since Pallas' other operations do not take what is called unsigned.
+    """
+    (high,) = _pallas()[1].elementwise_inline_asm(
+        f"mul.hi.u32 $0, $1, {int(factor)};", args=[x], constraints="=r,r", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+    )  # fmt: skip
+    return lax.bitcast_convert_type(high, jnp.uint32), x * factor
 
 
 def program(axis: int) -> jax.Array:

@@ -46,7 +46,7 @@ class Random(NamedTuple):
     """What stochastic rounding draws from: key uint32 [2], start uint32 [2], the row and column of x's first value.
 
     The bits of a value depend on the key and on its row and column in the whole tensor alone, so a device that holds a
-    part of it passes where the part starts (its column a multiple of 4), and gets the bits that one device would.
+    part of it passes where the part starts (its column a multiple of 8), and gets the bits that one device would.
     """
 
     key: jax.Array

@@ -110,7 +110,7 @@ def dither_of(random: Random, r: int, c: int) -> jax.Array:
     """The random numbers of a matrix [r, c]."""
     start = jnp.zeros(2, jnp.uint32) if random.start is None else random.start.astype(jnp.uint32)
     key = random.key.astype(jnp.uint32)
-    return qm.uniform((key[0], key[1]), start[0], start[1], r, -(-c // 4) * 4)[:, :c]
+    return qm.uniform((key[0], key[1]), start[0], start[1], r, -(-c // 8) * 8)[:, :c]
 
 
 def _quantize_whole(x, *, spec, way=NEAREST, scale=None, random=None, packed=False) -> Packed:

@@ -139,21 +139,28 @@ def hadamard(x: jax.Array, signs: tuple[int, ...]) -> jax.Array:
 
 
 def uniform(random: Random, r: int, c: int) -> jax.Array:
-    """(n + 1/2) / 2^16 of 16 bits for each value: of Threefry-2x32 of (row, column / 4), low half of a word first."""
-    key, start = random.key, jnp.zeros(2, jnp.uint32) if random.start is None else random.start
+    """(n + 1/2) / 2^16 of 16 bits for each value: of Philox-4x32-10 of (row, column / 8, 0, 0), low half of a word
+    first."""
+    start = jnp.zeros(2, jnp.uint32) if random.start is None else random.start
     rows = jnp.broadcast_to(start[0] + jnp.arange(r, dtype=jnp.uint32)[:, None], (r, c))
     columns = start[1] + jnp.broadcast_to(jnp.arange(c, dtype=jnp.uint32), (r, c))
-    keys = [key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
-    a, b = rows + keys[0], columns // 4 + keys[1]
-    for i in range(20):
-        turn = [13, 15, 26, 6, 17, 29, 16, 24][i % 8]
-        a = a + b
-        b = a ^ ((b << turn) | (b >> (32 - turn)))
-        if i % 4 == 3:
-            a, b = a + keys[(i // 4 + 1) % 3], b + keys[(i // 4 + 2) % 3] + np.uint32(i // 4 + 1)
-    word = jnp.where(columns % 4 < 2, a, b)
+    counter = [rows, columns // 8, jnp.zeros_like(rows), jnp.zeros_like(rows)]
+    key = [random.key[0], random.key[1]]
+    for _ in range(10):
+        (high, low), (other_high, other_low) = _product(counter[0], 0xD2511F53), _product(counter[2], 0xCD9E8D57)
+        counter = [other_high ^ counter[1] ^ key[0], other_low, high ^ counter[3] ^ key[1], low]
+        key = [key[0] + np.uint32(0x9E3779B9), key[1] + np.uint32(0xBB67AE85)]
+    word = jnp.select([columns % 8 // 2 == i for i in range(4)], counter)
     number = jnp.where(columns % 2 == 0, word & 0xFFFF, word >> 16)
     return (number.astype(jnp.float32) + 0.5) / 2**16
+
+
+def _product(x: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
+    """Upper and lower 32 bits of uint32 x times a number, from products of their halves."""
+    x_high, x_low, high, low = x >> 16, x & 0xFFFF, np.uint32(factor >> 16), np.uint32(factor & 0xFFFF)
+    middle = x_high * low + (x_low * low >> 16)
+    across = x_low * high + (middle & 0xFFFF)
+    return x_high * high + (middle >> 16) + (across >> 16), x * np.uint32(factor)
 
 
 def pack(codes: jax.Array, element: str) -> jax.Array:

@@ -323,13 +323,31 @@ def gemv(
 
 
 @triton.jit
+def tiled_scales(ptr, row, i, R: tl.constexpr, C: tl.constexpr, COUNT: tl.constexpr, KIND: tl.constexpr):
+    """Block scales [R, C] in tiles of 128x4, from row R * row and column C * i on; zero from column COUNT on.
+
+    Loaded as rows of whole tiles and turned by views alone: by this Triton knows them as what the tensor cores' memory
+    is filled with straight from shared memory.
+    """
+    WIDTH: tl.constexpr = (COUNT + 3) // 4 * 512
+    down = row * (R // 128) + tl.arange(0, R // 128)
+    ptr = ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True) if KIND == "e4m3" else ptr
+    v = load_cols(ptr + down.to(tl.int64)[:, None] * WIDTH, i * (C * 128) + tl.arange(0, C * 128), WIDTH, C * 128)
+    return tl.reshape(tl.trans(tl.reshape(v, (R // 128, C // 4, 32, 4, 4)), (0, 3, 2, 1, 4)), (R, C))
+
+
+@triton.jit
 def scaled(
     x_ptr, xs_ptr, w_ptr, ws_ptr, g_ptr, b_ptr, M, o_ptr,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, GLOBAL: tl.constexpr,
+    X_TILED: tl.constexpr, TILED: tl.constexpr,
     X_ELEMENT: tl.constexpr, ELEMENT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n] = x [m, k] @ w [n, k].T of packed MX or NVFP4 codes with their scales, on Blackwell's tensor cores."""
+    """y [m, n] = x [m, k] @ w [n, k].T of packed MX or NVFP4 codes with their scales, on Blackwell's tensor cores.
+
+    X_TILED, TILED: scales of x, of w come in tiles of 128x4, padded with zeros.
+    """
     tiles_n: tl.constexpr = (N + BN - 1) // BN
     tiles_m = tl.cdiv(M, BM)
     pid = tl.program_id(0)
@@ -348,13 +366,19 @@ def scaled(
         cols, blocks = i * CW + tl.arange(0, CW), i * CS + tl.arange(0, CS)
         x = load_cols(x_ptr + row_m * KW, cols, KW, CW)
         w = load_cols(w_ptr + row_n * KW, cols, KW, CW)
-        xs = load_cols(xs_ptr + row_m * KS, blocks, KS, CS)
-        ws = load_cols(ws_ptr + row_n * KS, blocks, KS, CS)
+        if X_TILED:
+            xs = tiled_scales(xs_ptr, pm, i, BM, CS, KS, SCALE)
+        else:
+            xs = load_cols(xs_ptr + row_m * KS, blocks, KS, CS)
+            xs = xs.to(tl.float8e4nv, bitcast=True) if SCALE == "e4m3" else xs
+        if TILED:
+            ws = tiled_scales(ws_ptr, pn, i, BN, CS, KS, SCALE)
+        else:
+            ws = load_cols(ws_ptr + row_n * KS, blocks, KS, CS)
+            ws = ws.to(tl.float8e4nv, bitcast=True) if SCALE == "e4m3" else ws
         if BITS == 8:
             x = x.to(tl.float8e4nv, bitcast=True) if X_ELEMENT == "e4m3" else x.to(tl.float8e5, bitcast=True)
             w = w.to(tl.float8e4nv, bitcast=True) if ELEMENT == "e4m3" else w.to(tl.float8e5, bitcast=True)
-        if SCALE == "e4m3":
-            xs, ws = xs.to(tl.float8e4nv, bitcast=True), ws.to(tl.float8e4nv, bitcast=True)
         acc = tl.dot_scaled(x, xs, X_ELEMENT, tl.trans(w), ws, ELEMENT, acc)
     if GLOBAL:
         acc = acc * tl.load(g_ptr)

@@ -141,7 +141,7 @@ def trained(name: str):
 
 @pytest.mark.parametrize(("name", "family"), checks(TRAINED))
 def test_equals_training(name, family):
-    """Codes and scales, stochastic rounding's bits from Threefry at row 3, column 8 included."""
+    """Codes and scales, stochastic rounding's bits from Philox at row 3, column 8 included."""
     spec, way, _ = TRAINED[name]
     want, whole = trained(name)
     random = Random(KEY, jnp.asarray([3, 8], jnp.uint32)) if way.stochastic else None

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.extend.random import threefry_2x32
 
 import jqopt
 from jqopt import _numerics, formats
 from jqopt._recipe_train import TrainSpec
 from jqopt.train import _dither, _linear, _operand
 from jqopt.train._operand import COLUMNS, ROWS, Quantizer
+from jqopt_kernels import quantize_math
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/te_golden.npz")
 NVFP4 = formats.get("nvfp4")
@@ -95,15 +95,46 @@ def test_stochastic_rounding_is_transformer_engines_for_each_byte():
 # ---- random numbers
 
 
-def test_dither_is_threefry_of_the_position():
-    """16 bits of (row, column // 4) under the key, as JAX's own threefry makes them; a part counts from its place."""
+def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
+    """Philox-4x32-10 of one counter in Python's integers, as Salmon et al. 2011, section 3.3 has it."""
+    a, b, c, d = counter
+    for i in range(10):
+        first, second = ((k + i * step) % 2**32 for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (y >> 32) ^ b ^ first, y % 2**32, (x >> 32) ^ d ^ second, x % 2**32
+    return [a, b, c, d]
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "want"),
+    [
+        ("00000000 00000000", "00000000 00000000 00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff", "ffffffff ffffffff ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("a4093822 299f31d0", "243f6a88 85a308d3 13198a2e 03707344", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_its_authors_known_answers(key, counter, want):
+    """The answers that come with Random123 1.14 (kat_vectors)."""
+    key, counter, want = ([int(word, 16) for word in each.split()] for each in (key, counter, want))
+    assert philox((key[0], key[1]), tuple(counter)) == want
+    words = _dither.philox(*(tuple(jnp.full((1,), w, jnp.uint32) for w in each) for each in (key, counter)))
+    assert [int(w[0]) for w in words] == want
+    words = quantize_math.philox(*(tuple(jnp.full((1,), w, jnp.uint32) for w in each) for each in (key, counter)))
+    assert [int(w[0]) for w in words] == want
+
+
+def test_dither_is_philox_of_the_position():
+    """16 bits of (row, column // 8) under the key; a part counts from its place, wherever that is."""
     u = _dither.uniform(KEY, (4, 18))
-    rows, words = np.meshgrid(np.arange(4, dtype=np.uint32), np.arange(5, dtype=np.uint32), indexing="ij")
-    want = threefry_2x32((KEY[0], KEY[1]), jnp.concatenate([rows.ravel(), words.ravel()]))
-    half = np.stack(np.split(np.asarray(want), 2), -1).astype("<u4").view(np.uint16).reshape(4, 20)[:, :18]
+    key = (int(KEY[0]), int(KEY[1]))
+    want = np.array([[philox(key, (row, word, 0, 0)) for word in range(3)] for row in range(4)], "<u4")
+    half = want.view(np.uint16).reshape(4, 24)[:, :18]
     np.testing.assert_array_equal(u, (half.astype(np.float32) + 0.5) / 65536)
     np.testing.assert_array_equal(_dither.uniform(KEY, (2, 10), 2, 8), u[2:, 8:])
+    for column in (1, 7, jnp.uint32(3), jnp.uint32(8)):
+        np.testing.assert_array_equal(_dither.uniform(KEY, (3, 9), 1, column), u[1:, column : column + 9])
     np.testing.assert_array_equal(_dither.uniform(KEY, (2, 2, 18)).reshape(4, 18), u)
+    np.testing.assert_array_equal(_dither.uniform(jnp.stack([KEY, KEY + 1]), (4, 18))[0], u)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
