@@ -33,7 +33,8 @@ class Packed(NamedTuple):
     data: codes. As rhs [n, k_packed]: two 4-bit codes a byte (low nibble first), four 6-bit codes in three bytes
         (little-endian), else one code a byte. As lhs [m, k]: one code a byte, never packed. int8 for int elements
         (int4 may also be the nibble in uint8), uint8 for the others.
-    scale: [1, 1], [rows, 1], [rows, ceil(k/block)] or [ceil(rows/bn), ceil(k/bk)]; float32, or uint8 bits.
+    scale: [1, 1], [rows, 1], [rows, ceil(k/block)] or [ceil(rows/bn), ceil(k/bk)]; float32, or uint8 bits. What a
+        kernel's `prepare` made, for that kernel alone, may lie otherwise.
     global_scale: [] float32, or None.
     zero_point: like `scale`, in code units, any integer or float type; or None.
     """

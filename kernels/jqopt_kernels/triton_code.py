@@ -51,7 +51,7 @@ def load_cols(rows, cols, LIMIT: tl.constexpr, STEP: tl.constexpr):
     if LIMIT % STEP == 0:
         v = tl.load(rows + cols[None, :])
     else:
-        v = tl.load(rows + cols[None, :], mask=cols[None, :] < LIMIT, other=0)
+        v = tl.load(rows + cols[None, :], mask=cols[None, :] < LIMIT, other=0.0)
     return v
 
 

@@ -250,7 +250,7 @@ LAUNCHES: dict[str, Callable] = {
 
 
 def launches() -> dict[str, Callable]:
-    """Every kernel's: those of LAUNCHES, which have tiles in files, and the one that has its own."""
+    """Every kernel's: those of LAUNCHES, which every device has, and Blackwell's."""
     return LAUNCHES | {"triton_scaled": triton_scaled.launch}
 
 
@@ -302,7 +302,7 @@ def _kernel(name: str, supports: Callable, row: str | None = None) -> Kernel:
 triton_gemv = _kernel("triton_gemv", _gemv_supports)
 triton_skinny = _kernel("triton_skinny", _skinny_supports)
 triton_gemm = _kernel("triton_gemm", _gemm_supports)
-triton_scaled_gemm = _kernel("triton_scaled", _scaled_supports)
+triton_scaled_gemm = _kernel("triton_scaled", _scaled_supports)._replace(prepare=triton_scaled.prepare)
 triton_fp8_block = _kernel("triton_fp8_block", _fp8_supports)
 # The same code without a limit, for those who ask for it: it never writes a decoded weight.
 triton_gemm_large = _kernel("triton_gemm", _dot_supports, "triton_gemm_large")

@@ -36,7 +36,11 @@ def test_every_class_of_every_kernel_has_a_shipped_tile(capability, cache):
                 if m <= most.get(name, m):
                     tile = _tiles.find(name, weight, activation, Shapes(m, 4096, 4096), capability)
                     assert tile.bk & (tile.bk - 1) == 0 and tile.bn & (tile.bn - 1) == 0
-    assert set(shipped(capability)) == set(triton_dot.LAUNCHES)
+    blackwells = {"triton_scaled"} if capability >= 100 else set()
+    assert set(shipped(capability)) == set(triton_dot.LAUNCHES) | blackwells
+    for bits in (4, 8) if blackwells else ():
+        for m in (65, 256, 100_000):
+            assert _tiles.find("triton_scaled", bits, bits, Shapes(m, 4096, 4096), capability).bn % 128 == 0
 
 
 def test_a_newer_device_uses_the_last_file_that_is_not_newer():

@@ -101,16 +101,17 @@ def test_mixed_formats_in_the_interpreter():
 
 
 @cuda
-def test_block_scaled_products_in_the_interpreter():
+@pytest.mark.parametrize(("capability", "prepare"), [(100, True), (100, False), (120, True), (120, False)])
+def test_block_scaled_products_in_the_interpreter(capability, prepare):
     """More rows than one tile, a rest of every tile; one block alone; with a bias and an activation."""
     jobs: list[dict] = [
-        {"kernel": "triton_scaled", "pair": pair, "shape": shape} | more
+        {"kernel": "triton_scaled", "pair": pair, "shape": shape, "capability": capability, "prepare": prepare} | more
         for pair, shape, more in [
             ("mxfp4 x mxfp4", (130, 150, 288), {}),
             ("nvfp4 x nvfp4", (130, 150, 304), {}),
-            ("nvfp4 x nvfp4", (5, 7, 16), {"activation": "gelu"}),
+            ("nvfp4 x nvfp4", (65, 7, 16), {"activation": "gelu"}),
             ("mxfp8 x mxfp8", (70, 20, 160), {}),
-            ("mxfp4 x mxfp4", (5, 7, 32), {"activation": "silu"}),
+            ("mxfp4 x mxfp4", (65, 7, 32), {"activation": "silu"}),
         ]
     ]
     for one, found in zip(jobs, interpreted(jobs), strict=True):
@@ -118,13 +119,30 @@ def test_block_scaled_products_in_the_interpreter():
 
 
 @cuda
-@pytest.mark.parametrize(("spec", "kind"), [("nvfp4", "mxf4nvf4"), ("mxfp4", "mxf4"), ("mxfp8", "mxf8f6f4")])
-def test_block_scaled_products_use_blackwells_tensor_cores(spec, kind):
-    launch = tools.launch("triton_scaled", OPERANDS[spec], OPERANDS[spec], Shapes(4096, 4096, 4096), 100)
-    made = tools.compiled(launch, 100)
-    assert f"kind::{kind}.block_scale" in made.ptx
-    assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0
-    assert made.registers <= REGISTERS and made.shared <= SHARED[100]
+@pytest.mark.parametrize("m", [256, 4096])
+@pytest.mark.parametrize("spec", ["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("capability", [100, 120])
+def test_block_scaled_products_use_blackwells_tensor_cores(spec, capability, m):
+    """Every shipped tile; with scales as they are stored and, prepared, straight from shared memory."""
+    shapes, copies = Shapes(m, 4096, 4096), []
+    for prepare in (False, True):
+        launch = tools.launch("triton_scaled", OPERANDS[spec], OPERANDS[spec], shapes, capability, prepare=prepare)
+        made = tools.compiled(launch, capability)
+        kind = {"nvfp4": "mxf4nvf4", "mxfp4": "mxf4", "mxfp8": "mxf8f6f4"}[spec]
+        if capability == 100:
+            assert f"tcgen05.mma.cta_group::1.kind::{kind}.block_scale" in made.ptx
+            copies.append(made.ptx.count("tcgen05.cp.cta_group::1.warpx4.32x128b"))
+        else:
+            kind = "mxf4nvf4" if kind == "mxf4" else kind  # where one kind serves both formats of 4 bits
+            assert re.search(rf"mma\.sync\.aligned\.\S+\.kind::{kind}\.block_scale", made.ptx)
+        assert made.stack == 0 and made.count("STL") == made.count("LDL") == 0
+        assert made.registers <= REGISTERS and made.shared <= SHARED[capability]
+    assert capability != 100 or 0 < copies[0] < copies[1]  # of the activation's scales, and the weight's too
+
+
+@cuda
+@pytest.mark.parametrize("spec", ["nvfp4", "mxfp4", "mxfp8"])
+def test_block_scaled_products_lower(spec):
     kernel = kernels.find(
         "qdot", OPERANDS[spec], OPERANDS[spec], "cuda:100", Shapes(65, 64, 64), backend="triton_scaled"
     )

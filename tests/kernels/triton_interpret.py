@@ -79,16 +79,17 @@ def interpret(launch) -> np.ndarray:
     return out
 
 
-def run(name: str, c, epilogue=None, capability: int = 90) -> np.ndarray:
+def run(name: str, c, epilogue=None, capability: int = 90, prepare: bool = True) -> np.ndarray:
     """One `cases.Case` by the kernel of that name."""
     import jax.numpy as jnp
 
-    from jqopt_kernels import Epilogue, Shapes, triton_dot
+    from jqopt_kernels import KERNELS, Epilogue, Shapes, triton_dot
 
     lhs_spec, rhs_spec, n, k = c.specs.values()
     m = c.y.shape[0]
+    rhs = next(k for k in KERNELS if k.name == name).prepare(c.rhs) if prepare else c.rhs
     launch, after = triton_dot.launches()[name](
-        c.lhs, c.rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability, epilogue=epilogue or Epilogue()
+        c.lhs, rhs, lhs_spec, rhs_spec, Shapes(m, n, k), jnp.float32, capability, epilogue=epilogue or Epilogue()
     )
     return np.asarray(after(jnp.asarray(interpret(launch))), np.float64)
 
@@ -108,7 +109,8 @@ def followed(c, activation: str):
 
 
 def job(what: dict) -> dict:
-    """{"kernel", "pair", "shape": [m, n, k], "dtype", "activation"} -> largest error over the bound, and relative.
+    """{"kernel", "pair", "shape": [m, n, k], "dtype", "activation", "capability", "prepare"} -> largest error over the
+    bound, and relative.
 
     pair: one of `cases.PAIRS`, or two names of operands with " x " between them.
     """
@@ -126,7 +128,7 @@ def job(what: dict) -> dict:
     epilogue = None
     if "activation" in what:
         epilogue, c = followed(c, what["activation"])
-    y = run(what["kernel"], c, epilogue)
+    y = run(what["kernel"], c, epilogue, **{key: what[key] for key in ("capability", "prepare") if key in what})
     error = np.abs(y - c.y)
     return {
         "shape": list(y.shape),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt_kernels import Epilogue, Operand, Packed, Shapes, triton_dot
+from jqopt_kernels import KERNELS, Epilogue, Operand, Packed, Shapes, triton_dot
 from jqopt_kernels._tiles import Tile
 from jqopt_kernels.triton_call import Launch
 from tests.kernels.cases import BITS, scale_shape
@@ -45,12 +45,15 @@ def launch(
     dtype=jnp.bfloat16,
     tile: Tile | None = None,
     activation: str | None = None,
+    prepare: bool = True,
 ) -> Launch:
     """The launch of a product, its operands as shapes. activation: with a bias before it."""
     kept: list[Launch] = []
     epilogue = Epilogue(None if activation is None else jnp.zeros(shapes.n), activation)
 
     def trace(x, w):
+        if prepare:
+            w = next(each for each in KERNELS if each.name == name).prepare(w)
         own = {"epilogue": epilogue} | ({} if tile is None else {"tile": tile})
         kept.append(triton_dot.launches()[name](x, w, lhs, rhs, shapes, jnp.float32, capability, **own)[0])
         return [o for o in kept[0].operands if not isinstance(o, int)]
