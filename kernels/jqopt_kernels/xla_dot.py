@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,19 +62,27 @@ def _int8_row_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) 
 
 
 def _fp8(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
-    """A product of fp8 arrays: XLA makes it one cuBLASLt call, scales of whole tensors included.
+    """A product of fp8 arrays, which XLA gives to cuBLASLt or to a kernel of its own, whichever it finds faster.
 
     "highest" also turns off cuBLASLt's fast accumulation, which keeps about 14 bits of a sum.
     """
     a = lax.bitcast_convert_type(lhs.data, FP8[lhs_spec.element])
     b = lax.bitcast_convert_type(rhs.data, FP8[rhs_spec.element])
     scales = row_scale(lhs, lhs_spec), row_scale(rhs, rhs_spec)
-    if all(s is None or s.size == 1 for s in scales):  # this spelling is what XLA's rewriter looks for
+    if only_cublas() and all(s is None or s.size == 1 for s in scales):
+        # What XLA's rewriter looks for: scales go into the call. By default XLA makes kernels of its own before that,
+        # for which these would be products of float32, with the weight decoded in memory.
         ones = (jnp.float32(1) if s is None else s.reshape(()) for s in scales)
         a, b = (x.astype(jnp.float32) * s for x, s in zip((a, b), ones, strict=True))
         return finish(dot(a, b), None, None, out_dtype, epilogue)
     acc = lax.dot_general(a, b, NT, precision="highest", preferred_element_type=jnp.float32)
     return finish(acc, *scales, out_dtype, epilogue)
+
+
+def only_cublas() -> bool:
+    """Whether XLA_FLAGS keep XLA from making kernels of its own for products: --xla_gpu_enable_triton_gemm=false."""
+    said = re.findall(r"--xla_gpu_enable_triton_gemm=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return bool(said) and said[-1].lower() in ("false", "0")
 
 
 def _fp8_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
@@ -96,7 +107,7 @@ def _fp8_dot_supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -
     if why := _wrong(lhs, rhs, tuple(FP8)):
         return why
     if platform(device) in GPUS:
-        return f"on {device} xla_fp8 becomes one cuBLASLt call"
+        return f"on {device} xla_fp8 uses the tensor cores for fp8"
     if platform(device) == "cpu" and shapes.m == 1:
         return "m=1: XLA on CPU has no fp8 product for one row: it widens the whole weight"
     return None

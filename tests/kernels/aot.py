@@ -6,6 +6,7 @@ and libdevice, triton; no driver and no GPU.
 
 import collections
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 B200 = H100.replace("major: 9 minor: 0", "major: 10 minor: 0").replace("H100 80GB HBM3", "B200")
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join(
         [f"--xla_gpu_cuda_data_dir={root / 'cuda'}", "--xla_gpu_autotune_level=0", f"--xla_dump_to={dump}",
-         "--xla_gpu_enable_triton_gemm=false"]  # on a GPU XLA tries both; without one it would not take cuBLASLt
+         CUBLAS]  # on a GPU XLA tries its own kernels and cuBLASLt; without one it would not take cuBLASLt
     )  # fmt: skip
     out = {name: report(*case) for name, case in cases().items()}
     out["kernels"] = [line for file in sorted(dump.glob("*.ptx")) for line in resources(file, ptxas)]
@@ -53,10 +55,17 @@ def main() -> None:
 
 
 def report(compiled, copy: int) -> dict:
-    """Calls, what cuBLASLt does after a product, bytes beside, and `copy`: bytes of the smallest weight decoded."""
+    """Calls, what cuBLASLt does after a product, bytes beside, and `copy`: bytes of the smallest weight decoded.
+
+    fused: products in kernels of XLA's own; floats: how many numbers the float arrays of the program have.
+    """
     targets = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
     after = re.findall(r'"epilogue":"(\w+)"', compiled.as_text())
-    return {"calls": targets, "epilogues": after, "temp": compiled.memory_analysis().temp_size_in_bytes, "copy": copy}
+    temp, text = compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+    shapes = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", text)}
+    sizes = sorted({math.prod(shape) for shape in shapes})
+    fused = len(re.findall(r'"kind":"__triton[a-z_]*gemm[a-z_]*"', text))
+    return {"calls": targets, "epilogues": after, "temp": temp, "copy": copy, "fused": fused, "floats": sizes}
 
 
 def resources(file: pathlib.Path, ptxas: pathlib.Path) -> list[dict]:
@@ -94,9 +103,18 @@ def cases() -> dict:
 
     hopper = place(H100)
 
-    def compiled(f, *args, at=hopper):
+    def compiled(f, *args, at=hopper, by_default=False):
+        """by_default: with XLA's default flags, so that it makes kernels of its own for products."""
         there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=at), args)
-        return jax.jit(f).lower(*there).compile()
+        if not by_default:
+            return jax.jit(f).lower(*there).compile()
+        flags = os.environ["XLA_FLAGS"]
+        os.environ["XLA_FLAGS"] = flags.replace(CUBLAS, "")
+        jax.clear_caches()  # what was traced before holds what was chosen for those flags
+        lowered = jax.jit(f).lower(*there)
+        os.environ["XLA_FLAGS"] = flags
+        jax.clear_caches()
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": True})
 
     def block(p, x):
         return x + jax.nn.silu(x @ p["up"]) @ p["down"]
@@ -108,14 +126,23 @@ def cases() -> dict:
     out, copy = {}, size * wide * 2
     for name, rule, rows in (
         ("fp8", {"weight": "fp8", "input": "fp8"}, 64),
+        (
+            "fp8 token",
+            {"weight": {"format": "fp8", "granularity": "channel"}, "input": {"format": "fp8", "granularity": "token"}},
+            64,
+        ),
         *((f"nvfp4 {m}", {"weight": "nvfp4"}, m) for m in (1, 16, 256)),
         ("nvfp4 inputs", {"weight": "nvfp4", "input": "nvfp4"}, 16),
     ):
         x = jnp.asarray(rng.normal(size=(rows, size)), jnp.bfloat16)
         recipe = {"schema": 1, "name": "aot", "rules": [{"match": "*", **rule}]}
         qm = jqopt.quantize_model(block, recipe, params=params, batches=[x])
-        backend = None if name == "fp8" else "pallas"  # where jax-triton is installed, its kernels come first
-        out[name] = compiled(jqopt.apply(qm.plan, device="cuda:90", backend=backend), qm.quant, x), copy
+        # where jax-triton is installed, its kernels come first
+        backend = None if name.startswith("fp8") else "pallas"
+        run = jqopt.apply(qm.plan, device="cuda:90", backend=backend)
+        out[name] = compiled(run, qm.quant, x), copy
+        if name.startswith("fp8"):
+            out[f"{name} by default"] = compiled(run, qm.quant, x, by_default=True), copy
 
     fp8 = kernels.Operand("e4m3", None, "float32", "tensor")
     one = jnp.ones((1, 1), jnp.float32)

@@ -20,9 +20,18 @@ def compiled() -> dict:
     return json.loads(done.stdout)
 
 
-def test_fp8_products_are_cublas_calls(compiled):
-    assert compiled["fp8"]["calls"][FP8] == 2
-    assert compiled["fp8"]["temp"] - WORKSPACE < compiled["fp8"]["copy"]
+@pytest.mark.parametrize("name", ["fp8", "fp8 token"])
+def test_fp8_products_are_cublas_calls(compiled, name):
+    """Where XLA makes no kernels of its own."""
+    assert compiled[name]["calls"][FP8] == 2
+    assert compiled[name]["temp"] - WORKSPACE < compiled[name]["copy"]
+
+
+@pytest.mark.parametrize("name", ["fp8 by default", "fp8 token by default"])
+def test_fp8_products_are_xlas_kernels_on_the_codes_by_default(compiled, name):
+    """Without a GPU nothing is timed and XLA takes its own kernels: no float array is as large as a weight."""
+    assert compiled[name]["fused"] == 2
+    assert compiled[name]["copy"] // 2 not in compiled[name]["floats"] and compiled[name]["floats"]
 
 
 @pytest.mark.parametrize(("activation", "said"), [(None, "BIAS"), ("relu", "BIAS_RELU"), ("gelu_tanh", "BIAS_GELU")])

@@ -181,13 +181,23 @@ def test_lowers_for_cuda_without_a_gpu(pair, kernel, m):
     assert ("__gpu$xla.gpu.triton" if kernel.backend == "pallas" else "dot_general") in lowered(pair, kernel, m)
 
 
-def test_fp8_reaches_the_product_as_fp8():
-    """XLA's rewriter to cuBLASLt needs fp8 operands, or fp8 operands converted to f32 and scaled by scalars."""
+NOT_TRITON = "--xla_gpu_enable_triton_gemm=false"
+
+
+@pytest.mark.parametrize(
+    ("flags", "only_cublas"), [("", False), (NOT_TRITON, True), (f"{NOT_TRITON} {NOT_TRITON[:-5]}true", False)]
+)
+def test_fp8_reaches_the_product_as_fp8(monkeypatch, flags, only_cublas):
+    """Or, for scales of tensors where XLA has cuBLASLt only, converted to f32 and scaled: its rewriter looks for that."""
+    jax.clear_caches()
+    monkeypatch.setenv("XLA_FLAGS", flags)
     kernel = next(k for k in kernels.KERNELS if k.name == "xla_fp8")
-    by_token = lowered("fp8_channel x fp8_channel", kernel, 64)
-    assert "(tensor<64x70xf8E4M3FN>, tensor<130x70xf8E4M3FN>) -> tensor<64x130xf32>" in by_token
+    codes = "(tensor<64x70xf8E4M3FN>, tensor<130x70xf8E4M3FN>) -> tensor<64x130xf32>"
+    assert codes in lowered("fp8_channel x fp8_channel", kernel, 64)
     whole = lowered("fp8 x fp8", kernel, 64)
-    assert "(tensor<64x70xf8E4M3FN>) -> tensor<64x70xf32>" in whole
+    assert (codes in whole) != only_cublas
+    assert ("(tensor<64x70xf8E4M3FN>) -> tensor<64x70xf32>" in whole) == only_cublas
+    jax.clear_caches()
 
 
 SOURCE = pathlib.Path(kernels.__file__).parent
