@@ -1,11 +1,11 @@
 """Speed of every kernel of the table on the device at hand: rates, ratios to the hardware and to the alternatives.
 
-    python -m benchmarks.kernels [--quick] [--budget-s 540] [--row-s 30] [--only nvfp4] [--rows 1 16] [--json out.json]
+    python -m benchmarks.kernels [--quick] [--budget-s 450] [--row-s 30] [--only nvfp4] [--rows 1 16] [--json out.json]
 
 One row is one kernel on one product. All kernels of one product, and the float product in whose place they stand, run
 in turns within one process, and the best of each counts: on a busy machine only such ratios mean something. Weights are
 rotated, so that no cache holds them. Every result is compared with the oracle before it is timed. What was refused,
-over its time, or left out for the budget has a line.
+over its time, or left out for the budget has a line. At the end the targets (`benchmarks.kernel_targets`).
 
     vs float    time of the same product in bfloat16 (GPU) or float32 (CPU) through XLA, over the kernel's
     vs decode   time of "decode the weight, then multiply" (kernel xla_decode), over the kernel's
@@ -15,6 +15,7 @@ over its time, or left out for the budget has a line.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import jqopt_kernels as kernels
-from benchmarks.kernel_cases import Case, dot, oracle, telling, wrong
+from benchmarks.kernel_cases import Case, dot, oracle, targeted, telling, wrong
 from benchmarks.kernel_ops import CASES
+from benchmarks.kernel_targets import verdicts
 
 ROTATED_BYTES = {"gpu": 160e6, "cpu": 64e6}  # of weights in turn: more than the last cache holds
 MOST_COPIES = 16
 COMPILING = 8  # programs at the same time, on a GPU's host
 CHUNK_S, ROUNDS = 0.2, 3  # of timing at least, for each kernel
+STEP_S = 5e-3  # of a GPU's work in one step at least, where it takes less to do than to start
 
 
 class Limit(NamedTuple):
@@ -99,27 +102,62 @@ class Runner(NamedTuple):
     width: int  # bits of the factors that are multiplied
 
 
-def lowered(f: Callable, sets: list[tuple], is_gpu: bool) -> Any:
-    """What is timed, before it is compiled: `f` of x and one weight, or on a GPU of x and each of them.
+def lowered(f: Callable, sets: list[tuple], is_gpu: bool, times: int = 1) -> Any:
+    """What is timed, before it is compiled: `f` of x and one weight, or on a GPU of x and each of them, `times` over.
 
-    On a GPU all sets are products of one executable, since starting one takes longer than a small product; on a CPU
-    XLA would run them at the same time, so they are started one by one.
+    On a GPU all sets are products of one executable, since starting one takes longer than a small product. Each waits
+    for the one before, as a model's do: without that XLA merges products of one x, concatenating their weights.
+    On a CPU they are started one by one.
     """
     x, weights = sets[0][0], [w for _, w in sets]
-    if is_gpu:
-        return jax.jit(lambda x, ws: [f(x, w) for w in ws]).lower(x, weights)
-    return jax.jit(f).lower(x, weights[0])
+    if not is_gpu:
+        return jax.jit(f).lower(x, weights[0])
+
+    def once(_: Any, before: tuple, x: Any, weights: list[Any]) -> tuple:
+        done, y = [], before[-1]
+        for w in weights:
+            now, y = jax.lax.optimization_barrier(((x, w), y))
+            done.append(y)  # as the barrier gives it: what nobody reads, XLA takes out of it
+            y = f(*now)
+        return (*done[1:], y)
+
+    def chain(x: Any, weights: list[Any]) -> tuple:
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(f, x, weights[0]))
+        step = functools.partial(once, x=x, weights=weights)
+        start = (nothing,) * len(weights)
+        # several rounds in a loop's body: counting takes a kernel
+        inner = next(n for n in range(max(1, MOST_COPIES // len(weights)), 0, -1) if times % n == 0)
+
+        def body(i: Any, done: tuple) -> tuple:
+            for _ in range(inner):
+                done = step(i, done)
+            return done
+
+        return body(0, start) if times == inner else jax.lax.fori_loop(0, times // inner, body, start)
+
+    return jax.jit(chain).lower(x, weights)
 
 
-def runner(name: str, family: str, run: Any, sets: list[tuple], width: int, is_gpu: bool) -> tuple[Runner, Any]:
+def runner(
+    name: str, family: str, run: Any, sets: list[tuple], width: int, is_gpu: bool, times: int = 1
+) -> tuple[Runner, Any]:
     """A runner of a compiled program (`lowered`) over its sets of arguments, and the first result."""
     x, weights = sets[0][0], [w for _, w in sets]
     y = jax.block_until_ready(run(x, weights)[0] if is_gpu else run(x, weights[0]))
     moved = sum(leaf.nbytes for leaf in jax.tree.leaves((x, weights[0], y)))
     if is_gpu:
-        return Runner(name, family, lambda: run(x, weights), len(weights), moved, width), y
+        return Runner(name, family, lambda: run(x, weights), len(weights) * times, moved, width), y
     turn = iter(int(i) for i in np.resize(np.arange(len(weights)), 1 << 20))
     return Runner(name, family, lambda: run(x, weights[next(turn)]), 1, moved, width), y
+
+
+def repeats(moved: float, flops: float, copies: int, limit: Limit | None) -> int:
+    """How often an executable goes through its weights, so that a GPU at its limit works for STEP_S."""
+    if limit is None:
+        return 1
+    least = max(moved / limit.bytes, flops / max(limit.flops.values()))
+    times, round_to = STEP_S / (least * copies), max(1, MOST_COPIES // copies)
+    return int(min(200, -(-times // round_to) * round_to)) if times > 2 else 1
 
 
 def race(runners: list[Runner], deadline: float) -> list[float]:
@@ -148,6 +186,7 @@ class Attempt(NamedTuple):
     program: Any = None
     seconds: float = 0.0
     why: str | None = None
+    options: dict | None = None
 
     def then(self, step: Callable[[Any], Any]) -> Attempt:
         """The next step of the program; a kernel that fails in it is a row of the table, not the end of it."""
@@ -178,8 +217,10 @@ def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
     width = {jnp.dtype(jnp.bfloat16): 16}.get(jnp.dtype(case.dtype), 32)
     plain_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(case.baseline(0)[1]))
     floats = [case.baseline(i) for i in range(_copies(plain_bytes, is_gpu))]
-    plain = lowered(case.plain, floats, is_gpu).compile()
-    running = [runner("float", "xla", plain, floats, width, is_gpu)[0]]
+    again = repeats(plain_bytes, case.flops, len(floats), limit) if is_gpu else 1
+    plain = lowered(case.plain, floats, is_gpu, again).compile()
+    running = [runner("float", "xla", plain, floats, width, is_gpu, again)[0]]
+    again = repeats(weight_bytes, case.flops, len(sets), limit) if is_gpu else 1
     attempts, want = [], None
     for kernel, why in _candidates(case, device):
         row = {**about, "kernel": kernel.name, "family": kernel.backend}
@@ -187,15 +228,17 @@ def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
             yield {**row, "status": "refused", "why": why}
             continue
         one = Attempt(row, kernel, _bits(case, kernel) if is_gpu else width)
-        attempts.append(one.then(lambda _, kernel=kernel: lowered(case.run(kernel), sets, is_gpu)))
+        attempts.append(one.then(lambda _, kernel=kernel: lowered(case.run(kernel), sets, is_gpu, again)))
+    if is_gpu and case.label == "fp8 x fp8":
+        attempts.append(_cublaslt(case, about).then(lambda _: lowered(cublaslt(case), sets, is_gpu, again)))
     with ThreadPoolExecutor(COMPILING if is_gpu else 1) as pool:
-        attempts = list(pool.map(lambda one: one.then(lambda program: program.compile()), attempts))
+        attempts = list(pool.map(lambda one: one.then(lambda program: program.compile(one.options)), attempts))
     for one in attempts:
         name, family, own = one.kernel.name, one.kernel.backend, one.width
-        one = one.then(lambda p, name=name, family=family, own=own: runner(name, family, p, sets, own, is_gpu))
+        one = one.then(lambda p, name=name, family=family, own=own: runner(name, family, p, sets, own, is_gpu, again))
         if one.why is None:
             want = oracle(case) if want is None else want
-            one = one.then(lambda made, want=want: (made[0], wrong(case, made[1], want)))
+            one = one.then(lambda made, want=want, kernel=one.kernel: (made[0], wrong(case, made[1], want, kernel)))
         said = one.why or one.program[1]
         if said is not None:
             yield {**one.row, "status": "failed", "why": said}
@@ -221,7 +264,30 @@ def _candidates(case: Case, device: str) -> Iterator[tuple[kernels.Kernel, str |
             why = kernel.supports(case.lhs, case.rhs, device, case.shapes)
             if why is None:
                 kernel = kernels.find(case.op, case.lhs, case.rhs, device, case.shapes, backend=kernel.name)
+                if kernel.name == "triton_gemm_large" and case.shapes.m <= 1024:
+                    why = "up to 1024 rows it is triton_gemm"
             yield kernel, why
+
+
+def cublaslt(case: Case) -> Callable[[Any, Any], jax.Array]:
+    """The product in float32 of converted and scaled codes, which XLA makes one cuBLASLt call where it has no other."""
+
+    def value(side: Any, spec: Any) -> jax.Array:
+        kind = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[spec.element]
+        return jax.lax.bitcast_convert_type(side.data, kind).astype(jnp.float32) * side.scale.reshape(())
+
+    def product(x: Any, w: Any) -> jax.Array:
+        pair = value(x, case.lhs), value(w, case.rhs)
+        out = jax.lax.dot_general(*pair, (((1,), (1,)), ((), ())), precision="highest")
+        return out.astype(case.dtype)
+
+    return product
+
+
+def _cublaslt(case: Case, about: dict) -> Attempt:
+    kernel = next(one for one in kernels.KERNELS if one.name == "xla_fp8")._replace(name="cublaslt")
+    row = {**about, "kernel": kernel.name, "family": "xla"}
+    return Attempt(row, kernel, 8, options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _bits(case: Case, kernel: kernels.Kernel) -> int:
@@ -298,9 +364,11 @@ def guarded(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
         yield {**row, "status": "failed", "why": failure(error)}
 
 
-def table(chosen: list[Case], limit: Limit | None, budget_s: float, row_s: float, refusals: bool) -> Iterator[dict]:
-    """All rows, printed as they come; products for which the budget leaves no time have a line at the end."""
-    end, left, refused = time.perf_counter() + budget_s, [], {}
+def table(
+    chosen: list[Case], limit: Limit | None, end: float, row_s: float, refusals: bool, keep: Callable[[list], None]
+) -> list[dict]:
+    """All rows, printed as they come and kept after each case; what was not begun before `end` has a line."""
+    rows, left, refused = [], [], {}
     print(" ".join(name.ljust(width) for name, width in zip(COLUMNS, WIDTHS, strict=True)))
     for case in chosen:
         if time.perf_counter() > end:
@@ -308,20 +376,27 @@ def table(chosen: list[Case], limit: Limit | None, budget_s: float, row_s: float
             continue
         for row in guarded(case, limit, row_s):
             if row["status"] == "refused":
-                refused.setdefault((row["kernel"], row["why"]), []).append(row)
+                refused.setdefault(row["kernel"], []).append(row)
             if row["status"] != "refused" or refusals:
                 print(line(row), flush=True)
-            yield row
-    for (kernel, why), rows in {} if refusals else refused.items():
-        print(f"refused by {kernel} ({len(rows)} products, such as {rows[0]['formats']}, m={rows[0]['m']}): {why}")
+            rows.append(row)
+        keep(rows)
+    for kernel, some in {} if refusals else refused.items():
+        reasons = len({row["why"] for row in some})
+        more = f" (other reasons: {reasons - 1}, see --refusals)" if reasons > 1 else ""
+        first = some[0]
+        about = f"{len(some)} products, such as {first['formats']}, m={first['m']}"
+        print(f"refused by {kernel} ({about}): {first['why']}{more}")
     if left:
         some = ", ".join(f"{c.label} {tuple(c.shapes)}" for c in left[:6])
-        print(f"not run, the budget of {budget_s:.0f} s is over: {len(left)} products: {some} ...")
+        print(f"not run, the budget is over: {len(left)} products: {some} ...")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one table; writes it as JSON where asked. Returns 1 where a row failed, else 0."""
     asked, start = _parser().parse_args(argv), time.perf_counter()
+    is_gpu = jax.default_backend() != "cpu"
     device, cases = jax.devices()[0], []
     for op in dict.fromkeys(kernel.op for kernel in kernels.KERNELS):
         if op not in CASES:
@@ -329,22 +404,28 @@ def main(argv: list[str] | None = None) -> int:
         elif asked.op in (None, op):
             shapes = ((asked.size, asked.size),) if asked.size else ((1024, 1024),) if asked.quick else None
             rows = tuple(asked.rows) if asked.rows else (1, 16) if asked.quick else None
-            some = list(CASES[op](jax.default_backend() != "cpu", shapes, rows))
+            some = list(CASES[op](is_gpu, shapes, rows))
             if not (shapes or rows or asked.full):
                 some = [case for case in some if telling(case)]
             # products have a hundred times as many: one case of each other op after every few of theirs
-            cases += [(i if op == "qdot" else 4 * i + 3, case) for i, case in enumerate(some)]
-    cases = [c for _, c in sorted(cases, key=lambda one: one[0])]
+            cases += [(not targeted(case), i if op == "qdot" else 4 * i + 3, case) for i, case in enumerate(some)]
+    cases = [c for *_, c in sorted(cases, key=lambda one: one[:2])]
     cases = [c for c in cases if asked.only is None or any(word in c.label for word in asked.only)]
     limit = limit_of(device)
     about = f"jax {jax.__version__}, {device.device_kind} ({kernels.here()}), {time.strftime('%Y-%m-%d')}"
     rates = limit and ", ".join(f"{bits} bit {rate / 1e12:.3g} TFLOP/s" for bits, rate in limit.flops.items())
     known = f"limits: {limit.bytes / 1e9:.0f} GB/s, {rates}" if limit else "limits of this device are unknown"
     print(f"{about}; {known}", flush=True)
-    rows = list(table(cases, limit, asked.budget_s, asked.row_s, asked.refusals))
-    if asked.json is not None:
-        head = {"about": about, "limit": None if limit is None else limit._asdict()}
-        asked.json.write_text(json.dumps({**head, "rows": rows}, indent=1))
+    head = {"about": about, "limit": None if limit is None else limit._asdict()}
+
+    def keep(rows: list[dict]) -> None:
+        if asked.json is not None:
+            asked.json.write_text(json.dumps({**head, "rows": rows}, indent=1))
+
+    keep([])
+    rows = table(cases, limit, start + asked.budget_s, asked.row_s, asked.refusals, keep)
+    for verdict in verdicts(rows, None if limit is None else limit.bytes, is_gpu):
+        print(verdict.line())
     failed = [row for row in rows if row["status"] == "failed"]
     print(f"{len(rows)} rows, {len(failed)} failed, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
@@ -354,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="size 1024, one and 16 rows")
     parser.add_argument("--full", action="store_true", help="on a GPU: every shape with every format (hours)")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="no product is begun after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=450.0, help="no product is begun after so many seconds")
     parser.add_argument("--row-s", type=float, default=30.0, help="to compile, check and time one row")
     parser.add_argument("--op", help="this op of the table only")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="products in whose formats one of the words stands")

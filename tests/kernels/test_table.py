@@ -188,7 +188,7 @@ NOT_TRITON = "--xla_gpu_enable_triton_gemm=false"
     ("flags", "only_cublas"), [("", False), (NOT_TRITON, True), (f"{NOT_TRITON} {NOT_TRITON[:-5]}true", False)]
 )
 def test_fp8_reaches_the_product_as_fp8(monkeypatch, flags, only_cublas):
-    """Or, for scales of tensors where XLA has cuBLASLt only, converted to f32 and scaled: its rewriter looks for that."""
+    """Or, for scales of tensors where XLA has cuBLASLt only, converted to f32 and scaled, as its rewriter looks for."""
     jax.clear_caches()
     monkeypatch.setenv("XLA_FLAGS", flags)
     kernel = next(k for k in kernels.KERNELS if k.name == "xla_fp8")
