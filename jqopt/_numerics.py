@@ -1,9 +1,9 @@
 """The bits: encode, decode and pack codes, and find the scales of a matrix [..., n, k] (k contracted, last).
 
 Every function is elementwise or a reduction, so XLA fuses it, and gives the same bits eagerly, under jit, vmap and
-scan, and on every device. Three rules keep it so: no division by a constant or a broadcast value except through
-`divide`; powers of two are made from their exponent bits; a number below `TINY` counts as zero (XLA's CPU backend
-flushes subnormals, so they are never relied upon).
+scan, and on every device (but for divisions on CUDA, which XLA makes wrong by up to two units). Three rules keep it
+so: no division by a constant or a broadcast value except through `divide`; powers of two are made from their exponent
+bits; a number below `TINY` counts as zero (XLA's CPU backend flushes subnormals, so they are never relied upon).
 
 What runs at every activation is written in `lax`, and in as few operations as it takes: a model compiles it once for
 each site, and an operator of `jnp` takes three times as long to trace.
