@@ -57,7 +57,9 @@ def read_scales_by_their_type() -> None:
     import ml_dtypes
     from triton.runtime import interpreter
 
-    as_e8m0 = interpreter._dot_scaled_scale_to_f32
+    as_e8m0 = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
+    if as_e8m0 is None:  # Triton before 3.9, whose interpreter has no `dot_scaled`
+        return
 
     def decoded(handle, compute_type) -> np.ndarray:
         if str(handle.dtype) != "fp8e4nv":
