@@ -385,26 +385,40 @@ def test_nothing_to_do_launches_nothing():
 
 
 @cuda
-@pytest.mark.parametrize(("recipe", "calls"), [("nvfp4_mlp_weight_only", 2), ("nvfp4", 2)])
-def test_in_a_quantized_model_with_scanned_layers(recipe, calls):
+@pytest.mark.parametrize(
+    ("kernel", "rule", "m"),
+    [
+        ("triton", {"weight": "nvfp4"}, 4),
+        ("triton", {"weight": "nvfp4", "input": "nvfp4"}, 4),
+        ("triton_gemv", {"weight": "int4"}, 4),
+        ("triton_skinny", {"weight": "nvfp4", "input": "nvfp4"}, 16),
+        ("triton_gemm", {"weight": "nvfp4"}, 100),
+        ("triton_gemm_large", {"weight": "int8"}, 1500),
+        (
+            "triton_fp8_block",
+            {"weight": {"format": "fp8", "block": [128, 128]}, "input": {"format": "fp8", "block": 128}},
+            16,
+        ),
+        ("triton_scaled", {"weight": "nvfp4", "input": "nvfp4"}, 100),
+        ("triton_scaled", {"weight": "mxfp4", "input": "mxfp4"}, 100),
+    ],
+)
+def test_in_a_quantized_model_with_scanned_layers(kernel, rule, m):
+    """A kernel asked for by its name is that kernel or an error."""
+
     def model(params, x):
         def layer(x, w):
             return jax.nn.silu(x @ w["mlp_up"]) @ w["mlp_down"], None
 
         return jax.lax.scan(layer, x, params)[0]
 
-    params = {"mlp_up": jnp.ones((3, 64, 128)), "mlp_down": jnp.ones((3, 128, 64))}
-    x = jnp.ones((4, 64), jnp.bfloat16).astype(jnp.float32)
-    quantized = jqopt.quantize_model(
-        model, {"schema": 1, "name": "t", "rules": [{"match": "*", "weight": "nvfp4"} | INPUTS[recipe]]},
-        params=params, batches=[x],
-    )  # fmt: skip
-    run = jqopt.apply(quantized.plan, backend="triton", device=HOPPER)
+    params = {"mlp_up": jnp.ones((3, 128, 256)), "mlp_down": jnp.ones((3, 256, 128))}
+    x = jnp.ones((m, 128))
+    recipe = {"schema": 1, "name": "t", "rules": [{"match": "*", **rule}]}
+    quantized = jqopt.quantize_model(model, recipe, params=params, batches=[x])
+    run = jqopt.apply(quantized.plan, backend=kernel, device="cuda:100" if kernel == "triton_scaled" else HOPPER)
     text = lowered(lambda q, x: run(q, x), quantized.params, x)
-    assert text.count("stablehlo.custom_call @triton_kernel_call") == calls
-
-
-INPUTS = {"nvfp4_mlp_weight_only": {}, "nvfp4": {"input": "nvfp4"}}
+    assert text.count("stablehlo.custom_call @triton_kernel_call") == 2
 
 
 @cuda
