@@ -38,8 +38,10 @@ class _Weight(NamedTuple):
 # XLA's own gradient would add up tiles in a bfloat16 operand's dtype.
 @straight_through
 def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue):
-    weight, width = _ready(rhs, rhs_spec, n, k)
     x, left_scale = left(lhs, lhs_spec, k)
+    if k == 0:
+        return finish(jnp.zeros((x.shape[0], n), jnp.float32), None, None, out_dtype, epilogue)
+    weight, width = _ready(rhs, rhs_spec, n, k)
     if x.shape[0] >= BF16_ROWS and both_fit_bf16(lhs, lhs_spec, rhs_spec):
         x = x.astype(jnp.bfloat16)
     planes = decode.plane_count(rhs_spec.element)
