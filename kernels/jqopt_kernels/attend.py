@@ -34,10 +34,10 @@ class Attention(NamedTuple):
 def rows(packed: Packed) -> Packed:
     """[batch, length, heads, ...] -> [rows, ...]: a token's head as a row of a matrix."""
     flat = packed.data.reshape(-1, packed.data.shape[-1])
-    scale = packed.scale
-    if scale is not None and scale.ndim == 4:
-        scale = scale.reshape(flat.shape[0], -1)
-    return packed._replace(data=flat, scale=scale)
+    scale, zero = (
+        a.reshape(flat.shape[0], -1) if a is not None and a.ndim == 4 else a for a in (packed.scale, packed.zero_point)
+    )
+    return packed._replace(data=flat, scale=scale, zero_point=zero)
 
 
 def softmax(scores: jax.Array, facts: Attention, seen: jax.Array) -> jax.Array:
