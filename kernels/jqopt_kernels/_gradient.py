@@ -12,7 +12,7 @@ from jax import lax
 
 from . import decode
 from ._operands import decoded, row_scale
-from ._types import Operand, Packed
+from ._types import Kernel, Operand, Packed
 from .epilogue import NOTHING, Epilogue, check
 
 
@@ -21,6 +21,22 @@ def weight_values(rhs: Packed, spec: Operand, n: int, k: int) -> jax.Array:
     w = decoded(*decode.whole(rhs.data, spec.element, k), rhs, spec, k)
     scale = row_scale(rhs, spec)
     return w if scale is None else w * scale
+
+
+def held_constant(kernel: Kernel) -> Kernel:
+    """The kernel with packed arrays as constants: a product has a gradient in its float operands and the bias alone.
+
+    What XLA differentiates by itself would give scales one, which `straight_through` does not.
+    """
+
+    def constant(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        @functools.wraps(run)
+        def product(*operands: Any, **options: Any) -> jax.Array:
+            return run(*(lax.stop_gradient(x) if isinstance(x, Packed) else x for x in operands), **options)
+
+        return product
+
+    return kernel._replace(run=constant(kernel.run))
 
 
 def straight_through(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from . import reference
 from ._gradient import weight_values
@@ -33,10 +34,10 @@ class Attention(NamedTuple):
 def rows(packed: Packed) -> Packed:
     """[batch, length, heads, ...] -> [rows, ...]: a token's head as a row of a matrix."""
     flat = packed.data.reshape(-1, packed.data.shape[-1])
-    scale = packed.scale
-    if scale is not None and scale.ndim == 4:
-        scale = scale.reshape(flat.shape[0], -1)
-    return packed._replace(data=flat, scale=scale)
+    scale, zero = (
+        a.reshape(flat.shape[0], -1) if a is not None and a.ndim == 4 else a for a in (packed.scale, packed.zero_point)
+    )
+    return packed._replace(data=flat, scale=scale, zero_point=zero)
 
 
 def softmax(scores: jax.Array, facts: Attention, seen: jax.Array) -> jax.Array:
@@ -44,8 +45,8 @@ def softmax(scores: jax.Array, facts: Attention, seen: jax.Array) -> jax.Array:
     scores = scores * jnp.float32(facts.scale)
     if facts.softcap is not None:
         scores = jnp.tanh(scores / jnp.float32(facts.softcap)) * jnp.float32(facts.softcap)
-    top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True, initial=-1e30)
-    e = jnp.where(seen, jnp.exp(scores - top), 0)
+    scores = jnp.where(seen, scores, -jnp.inf)  # before exp, which may be infinite there: zero times it is NaN
+    e = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-1e30)))
     total = e.sum(axis=-1, keepdims=True)
     return e / jnp.where(total == 0, 1, total)
 
@@ -53,6 +54,8 @@ def softmax(scores: jax.Array, facts: Attention, seen: jax.Array) -> jax.Array:
 def _attention(decode: Callable[..., jax.Array], narrow: Callable[..., bool]):
     def run(q, k: Packed, v: Packed, first, end, *, facts: Attention, out_dtype=jnp.float32) -> jax.Array:
         batch, length, heads, _ = k.data.shape
+        if 0 in (batch, length, heads, q.shape[1]):
+            return jnp.zeros((*q.shape[:2], facts.value_width), out_dtype)
         exact = [jnp.bfloat16 if narrow(q, spec) else jnp.float32 for spec in (facts.k, facts.v)]
         kd, vd = (
             decode(rows(packed), spec, batch * length * heads, width).reshape(batch, length, heads, width).astype(to)
@@ -63,7 +66,7 @@ def _attention(decode: Callable[..., jax.Array], narrow: Callable[..., bool]):
         )
         at = jnp.arange(length, dtype=jnp.int32)
         seen = (at >= first[:, None]) & (at < end[:, None])
-        vd = jnp.where(seen[:, :, None, None], vd, 0)  # zero times NaN is NaN
+        kd, vd = (jnp.where(seen[:, :, None, None], x, 0) for x in (kd, vd))  # zero times NaN is NaN
         grouped = q.reshape(batch, heads, -1, facts.width).astype(exact[0])
         options = {"precision": "highest", "preferred_element_type": jnp.float32}
         scores = jnp.einsum("bhgd,blhd->bhgl", grouped, kd, **options)

@@ -21,7 +21,7 @@ from . import decode
 from ._operands import NT, unknown
 from ._pallas import launch, load, no_place, power, program_id, span, steps, store
 from ._types import Kernel, Operand, Packed, Shapes, as_is
-from .attend import Attention
+from .attend import Attention, xla_attend
 from .pallas_dot import PROGRAMS
 
 POSITIONS = 64  # of a step
@@ -132,7 +132,8 @@ def _kernel(*refs: Any, plan: Plan, present: tuple[bool, ...]) -> None:
         store(out, (part, batch, p, rows[:, None], column[None, :]), a, keep)
 
 
-def _attend(q, k: Packed, v: Packed, first, end, *, facts: Attention, out_dtype=jnp.float32) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k: Packed, v: Packed, first, end, facts: Attention, out_dtype: Any) -> jax.Array:
     batch, length, kv_heads, _ = k.data.shape
     heads = q.shape[1]
     if 0 in (batch, heads, length):
@@ -155,6 +156,24 @@ def _attend(q, k: Packed, v: Packed, first, end, *, facts: Attention, out_dtype=
     y = (acc * fade[:, :, None, :, None]).sum(axis=0) / jnp.where(total == 0, 1, total)[:, None, :, None]
     y = jnp.moveaxis(y, 1, -1).reshape(batch, heads, -1)[:, :, : facts.value_width]
     return (y * _whole(v, facts.v)).astype(out_dtype)
+
+
+def _forward(q, k, v, first, end, facts, out_dtype):
+    return _attend(q, k, v, first, end, facts, out_dtype), (q, k, v, first, end)
+
+
+def _backward(facts, out_dtype, kept, g):
+    """Of the queries alone, in XLA's operations: keys and values are decoded, as for any gradient."""
+    q, *others = kept
+    _, back = jax.vjp(lambda q: xla_attend.run(q, *others, facts=facts, out_dtype=out_dtype), q)
+    return *back(g), None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _run(q, k: Packed, v: Packed, first, end, *, facts: Attention, out_dtype: Any = jnp.float32) -> jax.Array:
+    return _attend(q, k, v, first, end, facts, jnp.dtype(out_dtype))
 
 
 def _side(packed: Packed, spec: Operand) -> Side:
@@ -183,4 +202,4 @@ def _supports(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | 
     return no_place(device, shapes.groups * shapes.n * steps(shapes.k, decode.plane_count(rhs.element)))
 
 
-pallas_attend = Kernel("pallas_attend", "attend", _supports, as_is, _attend, backend="pallas")
+pallas_attend = Kernel("pallas_attend", "attend", _supports, as_is, _run, backend="pallas")

@@ -23,10 +23,16 @@ def per_row(spec: Operand) -> bool:
     return spec.granularity == "channel"
 
 
+def _of_nothing(x: jax.Array, spec: Operand) -> jax.Array:
+    return jnp.zeros((x.shape[0], 1) if per_row(spec) else (), jnp.float32)
+
+
 @no_gradient
 def xla_run(x, *, spec: Operand, way: Way = NEAREST) -> jax.Array:
     """x [m, k] -> [] or [m, 1] float32; 0 of nothing, NaN if there is one."""
     check_hadamard(way, x.shape[1])
+    if 0 in x.shape:
+        return _of_nothing(x, spec)
     y = x.astype(jnp.float32)
     y = y if way.hadamard is None else hadamard(y, way.hadamard)
     return qm.amax(y, (1,))[:, None] if per_row(spec) else qm.amax(y, (0, 1))
@@ -47,8 +53,8 @@ def pallas_run(x, *, spec: Operand, way: Way = NEAREST) -> jax.Array:
     """As `xla_run`: each program gives the amax of its tile or of its rows in it, XLA the amax of those."""
     check_hadamard(way, x.shape[1])
     (m, k), rows = x.shape, per_row(spec)
-    if m == 0 or k == 0:
-        return jnp.zeros((m, 1) if rows else (), jnp.float32)
+    if 0 in (m, k):
+        return _of_nothing(x, spec)
     size = (min(ROWS, pow2(m)), min(COLUMNS, max(16, pow2(k))))
     grid = (-(-m // size[0]), -(-k // size[1]))
     kernel = functools.partial(_kernel, size, (m, k), way, rows)

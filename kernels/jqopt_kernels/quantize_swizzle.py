@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.dtypes import float0
 
 from ._types import Kernel, Operand, Shapes, as_is
 from .quantize_pallas import MOST, no_chip, pow2
@@ -57,23 +58,40 @@ def _grid(rows: int, columns: int) -> tuple[int, tuple[int, int]]:
     return tiles, (down, -(-across // tiles))
 
 
-def pallas_swizzle(scale: jax.Array) -> jax.Array:
+def _swizzled(scale: jax.Array) -> jax.Array:
     """As `xla_swizzle`."""
     rows, columns = scale.shape
     down, across = _sizes(rows, columns)
+    if not scale.size:
+        return jnp.zeros((down * 128, across * 4), scale.dtype)
     tiles, grid = _grid(rows, columns)
     kernel = functools.partial(_into, tiles, (rows, columns))
     (found,) = call(kernel, [scale], [((down, across * 512), scale.dtype)], grid, 4)
     return found.reshape(down * 128, across * 4)
 
 
-def pallas_unswizzle(swizzled: jax.Array, rows: int, columns: int) -> jax.Array:
+def _unswizzled(swizzled: jax.Array, rows: int, columns: int) -> jax.Array:
     """As `xla_unswizzle`."""
+    if 0 in (rows, columns):
+        return jnp.zeros((rows, columns), swizzled.dtype)
     down, across = _sizes(rows, columns)
     tiles, grid = _grid(rows, columns)
     kernel = functools.partial(_back, tiles, (rows, columns))
     flat = swizzled.reshape(down, across * 512)
     return call(kernel, [flat], [((rows, columns), swizzled.dtype)], grid, 4)[0]
+
+
+pallas_swizzle: Any = jax.custom_vjp(_swizzled)
+pallas_unswizzle: Any = jax.custom_vjp(_unswizzled, nondiff_argnums=(1, 2))
+# Scales only change places: the gradient of each is the other. Those in bits, uint8, have none.
+pallas_swizzle.defvjp(
+    lambda scale: (pallas_swizzle(scale), jnp.zeros((*scale.shape, 0))),
+    lambda like, g: (None if g.dtype == float0 else xla_unswizzle(g, *like.shape[:2]),),
+)
+pallas_unswizzle.defvjp(
+    lambda swizzled, rows, columns: (pallas_unswizzle(swizzled, rows, columns), None),
+    lambda rows, columns, _, g: (None if g.dtype == float0 else xla_swizzle(g),),
+)
 
 
 def _anywhere(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None:
@@ -84,7 +102,7 @@ def _cuda(lhs: Operand, rhs: Operand, device: str, shapes: Shapes) -> str | None
     if (why := no_chip(device)) is not None:
         return why
     size = shapes.m * shapes.k
-    return f"m * k is {size}, offsets are 32-bit" if size >= MOST or not size else None
+    return f"m * k is {size}, offsets are 32-bit" if size >= MOST else None
 
 
 swizzles = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._types import Operand, Packed
@@ -114,6 +115,13 @@ def scale_shape(spec: Operand, m: int, k: int) -> tuple[int, int]:
     """The shape of the stored scales of a matrix [m, k]."""
     rows, columns = tile(spec, k) or (m, k)
     return (1, 1) if spec.granularity == "tensor" else (-(-m // rows), 1 if columns == k else -(-k // columns))
+
+
+def no_scales(spec: Operand, m: int, k: int) -> jax.Array | None:
+    """The stored scales of a matrix without values: zeros, where a row has one all the same."""
+    if spec.granularity == "tensor":
+        return None
+    return jnp.zeros(scale_shape(spec, m, k), jnp.float32 if spec.scale == "float32" else jnp.uint8)
 
 
 def packed_of(data: jax.Array, found: jax.Array | None, whole: jax.Array | None, spec: Operand) -> Packed:

@@ -14,7 +14,7 @@ from jax import lax
 from . import quantize_math as qm
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .decode import CODINGS
-from .quantize_way import NEAREST, Random, Way, check, packed_of, scale_shape, tile, unknown
+from .quantize_way import NEAREST, Random, Way, check, no_scales, packed_of, scale_shape, tile, unknown
 
 ARRAYS = ("scale", "column_scale", "random", "column_random")
 
@@ -61,7 +61,7 @@ def pack6(codes: jax.Array) -> jax.Array:
     quad = _padded(codes, 1, 4).astype(jnp.uint32).reshape(r, -(-k // 4), 4)
     word = quad[..., 0] | quad[..., 1] << 6 | quad[..., 2] << 12 | quad[..., 3] << 18
     parts = jnp.stack([word & 255, (word >> 8) & 255, word >> 16], axis=-1).astype(jnp.uint8)
-    return parts.reshape(r, -1)[:, : -(-k * 6 // 8)]
+    return parts.reshape(r, 3 * quad.shape[1])[:, : -(-k * 6 // 8)]
 
 
 def packed_codes(codes: jax.Array, spec: Operand, packed: bool) -> jax.Array:
@@ -94,9 +94,11 @@ def codes_and_scales(
 ) -> tuple[jax.Array, jax.Array | None]:
     """uint32 codes [m, k] of float32 x, and the scales found from it as they are stored."""
     m, k = x.shape
+    if 0 in (m, k):
+        return jnp.zeros((m, k), jnp.uint32), no_scales(spec, m, k)
     x = x if way.hadamard is None else hadamard(x, way.hadamard)
     shared = tile(spec, k)
-    wide = _padded(_padded(x, 0, shared[0]), 1, shared[1]) if shared is not None and k else x
+    wide = _padded(_padded(x, 0, shared[0]), 1, shared[1]) if shared is not None else x
     if dither is not None:
         dither = jnp.pad(dither, ((0, wide.shape[0] - m), (0, wide.shape[1] - k)))
     codes, stored = qm.quantize_tile(wide, scale, spec, way, shared, dither, qm.divide)
@@ -144,7 +146,7 @@ def swiglu_quantize(gate, up, **options) -> Packed:
 def norm_quantize(x, weight, *, eps=1e-6, **options) -> Packed:
     """quantize(x / sqrt(mean(x^2) + eps) * weight)"""
     y = x.astype(jnp.float32)
-    mean = jnp.sum(y * y, axis=1, keepdims=True) * jnp.float32(1 / x.shape[1])
+    mean = jnp.sum(y * y, axis=1, keepdims=True) * jnp.float32(1 / max(x.shape[1], 1))
     y = y * (lax.rsqrt(mean + jnp.float32(eps)) * weight.astype(jnp.float32))
     return _quantize_whole(rounded(y, x.dtype), **options)
 

@@ -28,6 +28,7 @@ from .quantize_way import (
     Random,
     Way,
     check,
+    no_scales,
     packed_of,
     tile,
 )
@@ -170,7 +171,7 @@ def pack(codes: jax.Array, element: str) -> jax.Array:
     if bits == 8:
         return codes
     stream = ((codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1).reshape(r, k * bits)
-    stream = jnp.pad(stream, ((0, 0), (0, -k * bits % 8))).reshape(r, -1, 8)
+    stream = jnp.pad(stream, ((0, 0), (0, -k * bits % 8))).reshape(r, -(-k * bits // 8), 8)
     return jnp.sum(stream << np.arange(8, dtype=np.uint8), axis=-1, dtype=jnp.uint8)
 
 
@@ -184,7 +185,9 @@ def _quantized(x, spec: Operand, way: Way, scale: Any, dither: jax.Array | None,
     m, k = x.shape
     x = x if way.hadamard is None else hadamard(x, way.hadamard)
     shared, stored = tile(spec, k), None
-    if shared is None:
+    if 0 in (m, k):
+        stored, factor = no_scales(spec, m, k), jnp.ones_like(x)
+    elif shared is None:
         assert scale is not None
         factor = scale
     else:
@@ -253,6 +256,8 @@ def amax(x, *, spec, way=NEAREST) -> jax.Array:
     """The largest |x| of x [m, k]: [] float32; [m, 1] for formats whose rows have a scale each."""
     y = x.astype(jnp.float32)
     y = y if way.hadamard is None else hadamard(y, way.hadamard)
+    if 0 in y.shape:
+        return jnp.zeros((y.shape[0], 1) if spec.granularity == "channel" else (), jnp.float32)
     return largest(y[:, None, None, :]) if spec.granularity == "channel" else largest(y[None, :, None, :])[0, 0]
 
 

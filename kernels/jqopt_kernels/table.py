@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import jax
 
+from ._gradient import held_constant
 from ._types import Kernel, Operand, Shapes
 from .attend import reference_attend, xla_attend
 from .ffi_gemm import ffi_gemm
@@ -31,7 +32,7 @@ from .xla_scaled import xla_scaled
 from .xla_tiled import xla_tiled, xla_tiled_bf16
 
 # Order is preference. A new kernel is one file and one line here.
-KERNELS: tuple[Kernel, ...] = (
+_KERNELS: tuple[Kernel, ...] = (
     xla_int8,
     xla_int8_row,
     xla_fp8,
@@ -61,6 +62,8 @@ KERNELS: tuple[Kernel, ...] = (
     xla_attend,
     reference_attend,
 )
+
+KERNELS = tuple(held_constant(k) if k.op in ("qdot", "ragged", "attend") else k for k in _KERNELS)
 
 FAMILIES = ("xla", "triton", "pallas", "ffi", "reference")
 

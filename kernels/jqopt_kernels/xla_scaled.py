@@ -25,15 +25,14 @@ CAPABILITIES = range(100, 120)  # compute capability 12 has these tensor cores t
 
 @straight_through
 def _scaled(lhs: Packed, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue):
+    if 0 in (lhs.data.shape[0], n, k):
+        return finish(jnp.zeros((lhs.data.shape[0], n), jnp.float32), None, None, out_dtype, epilogue)
     operands = [
         _values(_pairs(lhs.data) if lhs_spec.element == "e2m1" else lhs.data, lhs_spec.element),
         _values(rhs.data, rhs_spec.element),
         *(_values(side.scale, str(spec.scale)) for side, spec in ((lhs, lhs_spec), (rhs, rhs_spec))),
     ]
-    if 0 in (lhs.data.shape[0], n, k):
-        y = jnp.zeros((lhs.data.shape[0], n), jnp.float32)
-    else:
-        y = lax.platform_dependent(*operands, cpu=_on_cpu, default=_on_cuda)
+    y = lax.platform_dependent(*operands, cpu=_on_cpu, default=_on_cuda)
     return finish(y, lhs.global_scale, rhs.global_scale, out_dtype, epilogue)
 
 

@@ -17,9 +17,9 @@ from jax import lax
 
 from . import decode
 from ._device import platform
+from ._gradient import straight_through
 from ._operands import block_scale, blocks, both_fit_bf16, dot, finish, fits_bf16, left, per_block, row_scale, unknown
 from ._types import Kernel, Operand, Packed, Shapes, as_is
-from .epilogue import NOTHING
 
 TILE_ROWS = (32, 256)  # rows decoded at a time, at least and at most
 TILE_VALUES = 1 << 20  # between the two, as many as make this many values
@@ -35,9 +35,13 @@ class _Weight(NamedTuple):
     zero: jax.Array | None  # f32 [n, blocks]
 
 
-def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype=jnp.float32, epilogue=NOTHING):
-    weight, width = _ready(rhs, rhs_spec, n, k)
+# XLA's own gradient would add up tiles in a bfloat16 operand's dtype.
+@straight_through
+def _tiled(lhs, rhs: Packed, *, lhs_spec, rhs_spec, n, k, out_dtype, epilogue):
     x, left_scale = left(lhs, lhs_spec, k)
+    if k == 0:
+        return finish(jnp.zeros((x.shape[0], n), jnp.float32), None, None, out_dtype, epilogue)
+    weight, width = _ready(rhs, rhs_spec, n, k)
     if x.shape[0] >= BF16_ROWS and both_fit_bf16(lhs, lhs_spec, rhs_spec):
         x = x.astype(jnp.bfloat16)
     planes = decode.plane_count(rhs_spec.element)

@@ -10,7 +10,7 @@ import pytest
 import jqopt_kernels as kernels
 from jqopt import kv_cache
 from jqopt_kernels import Attention, Operand, Packed, Shapes
-from tests.kernels.cases import FLOAT, OPERANDS, operand
+from tests.kernels.cases import FLOAT, OPERANDS, WEIGHTS, operand
 
 NAMES = [k.name for k in kernels.KERNELS if k.op == "attend"]
 FORMATS = {
@@ -19,6 +19,10 @@ FORMATS = {
     "int8": Operand("int8", None, "float32", "channel"),  # a scale for each token's head
     "mxfp8": OPERANDS["mxfp8"],
 }
+# The others that the table claims, whose scales do not span tokens.
+RARE = {name: spec for name, spec in WEIGHTS.items() if name not in FORMATS and not isinstance(spec.block, tuple)}
+EVERY = FORMATS | RARE
+SLOW = {"pallas_attend": {"fp8", "mxfp8", *RARE}, "xla_attend": RARE, "reference": RARE}
 BATCH, LENGTH, HEADS, GROUP, WIDTH, VALUE = 3, 270, 2, 3, 96, 32  # in two parts of the length
 FIRST, END = [0, 0, 70], [1, 270, 201]  # one position; all; a window whose ends lie within steps of 64
 
@@ -27,14 +31,18 @@ def kernel(name: str) -> kernels.Kernel:
     return next(k for k in kernels.KERNELS if (k.op, k.name) == ("attend", name))
 
 
+def claims(name: str, format: str) -> bool:
+    return kernel(name).supports(FLOAT, EVERY[format], "cuda:90", Shapes(GROUP, LENGTH, WIDTH, BATCH * HEADS)) is None
+
+
 @functools.cache
 def held(format: str, width: int) -> tuple[Packed, np.ndarray]:
     """(packed [batch, length, heads, bytes], its numbers in float64), of size about 1."""
-    rng, spec = np.random.default_rng(width), FORMATS[format]
+    rng, spec = np.random.default_rng(width), EVERY[format]
     packed, x = operand(rng, spec, BATCH * LENGTH * HEADS, width, is_packed=True)
     shrink = np.float32(1 / np.abs(x).max())
     lead = (BATCH, LENGTH, HEADS)
-    data, scale = packed.data.reshape(*lead, -1), packed.scale
+    data, scale, zero = packed.data.reshape(*lead, -1), packed.scale, packed.zero_point
     if spec.global_scale:
         packed = packed._replace(global_scale=packed.global_scale * shrink)
     elif spec.scale == "float32":
@@ -42,7 +50,8 @@ def held(format: str, width: int) -> tuple[Packed, np.ndarray]:
     else:
         shrink = 1.0
     scale = scale if spec.granularity == "tensor" else scale.reshape(*lead, -1)
-    return packed._replace(data=data, scale=scale), x.reshape(*lead, width) * np.float64(shrink)
+    zero = None if zero is None else zero.reshape(*lead, -1)
+    return packed._replace(data=data, scale=scale, zero_point=zero), x.reshape(*lead, width) * np.float64(shrink)
 
 
 def query(dtype) -> jax.Array:
@@ -69,15 +78,16 @@ def run(name: str, q, k: Packed, v: Packed, facts: Attention, first=FIRST, end=E
 
 
 def facts_of(format: str, scale: float, softcap: float | None = None) -> Attention:
-    return Attention(FORMATS[format], FORMATS[format], WIDTH, VALUE, scale, softcap)
+    return Attention(EVERY[format], EVERY[format], WIDTH, VALUE, scale, softcap)
 
 
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        pytest.param(n, f, marks=[pytest.mark.slow] if n == "pallas_attend" and f in ("fp8", "mxfp8") else [])
+        pytest.param(n, f, marks=[pytest.mark.slow] if f in SLOW.get(n, {}) else [])
         for n in NAMES
-        for f in FORMATS
+        for f in EVERY
+        if claims(n, f)
     ],
 )
 def test_float32_queries_lose_nothing(name, format):
@@ -92,6 +102,18 @@ def test_float32_queries_lose_nothing(name, format):
     want, size = exact(q, k64, v64, scale, 30.0)
     assert y.shape == (BATCH, HEADS * GROUP, VALUE) and y.dtype == jnp.float32
     assert np.abs(y - want).max() <= 1e-5 * size.max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_results(name):
+    """The float32 result, rounded once."""
+    (k, k64), (v, v64) = held("nvfp4", WIDTH), held("nvfp4", VALUE)
+    q, sees = query(jnp.float32), (jnp.asarray(FIRST), jnp.asarray(END))
+    call = functools.partial(kernel(name).run, facts=facts_of("nvfp4", 0.5), out_dtype=jnp.bfloat16)
+    y = jax.jit(call)(q, k, v, *sees)
+    want, size = exact(q, k64, v64, 0.5, None)
+    assert y.dtype == jnp.bfloat16
+    assert (np.abs(np.asarray(y.astype(jnp.float32)) - want) <= 2.0**-8 * np.abs(want) + 1e-5 * size.max()).all()
 
 
 @pytest.mark.parametrize("format", ["fp8"])

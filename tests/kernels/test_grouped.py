@@ -12,11 +12,15 @@ import jqopt_kernels as kernels
 from jqopt import _ops
 from jqopt_kernels import Shapes
 from jqopt_kernels._groups import tiled
-from tests.kernels.cases import FLOAT, OPERANDS, bound, operand
+from tests.kernels.cases import FLOAT, OPERANDS, WEIGHTS, bound, operand
 from tests.kernels.test_contract import assert_within
 
 NAMES = [k.name for k in kernels.KERNELS if k.op == "ragged"]
-FORMATS = ["nvfp4", "int8", "uint4", "fp8_block", "mxfp4"]
+OFTEN = {
+    "pallas_ragged": {"nvfp4", "uint4"},
+    "xla_ragged": {"nvfp4", "int8", "uint4", "fp8_block", "mxfp4", "mxfp6", "nf4"},
+    "reference": set(WEIGHTS),
+}
 N, K, EXPERTS = 20, 70, 4
 
 
@@ -60,11 +64,10 @@ def check(name: str, format: str, x: jax.Array, sizes) -> None:
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        pytest.param(
-            n, f, marks=[pytest.mark.slow] if n == "pallas_ragged" and f in ("int8", "fp8_block", "mxfp4") else []
-        )
+        pytest.param(n, f, marks=[] if f in OFTEN[n] else [pytest.mark.slow])
         for n in NAMES
-        for f in FORMATS
+        for f in WEIGHTS
+        if kernel(n).supports(FLOAT, OPERANDS[f], "cuda:90", Shapes(40, N, K, EXPERTS)) is None
     ],
 )
 def test_equals_exact_numpy(name, format):
@@ -75,6 +78,17 @@ def test_equals_exact_numpy(name, format):
 @pytest.mark.parametrize(("m", "sizes"), [(1, [0, 0, 1, 0]), (130, [0, 129, 0, 1])])
 def test_few_rows_and_many(name, m, sizes):
     check(name, "nvfp4", lhs(m, jnp.float32), sizes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_results(name):
+    """The float32 result, rounded once."""
+    x, sizes = lhs(40), [3, 0, 30, 5]
+    call = functools.partial(kernel(name).run, lhs_spec=FLOAT, rhs_spec=OPERANDS["nvfp4"], n=N, k=K)
+    y = jax.jit(functools.partial(call, out_dtype=jnp.bfloat16))(x, experts("nvfp4")[0], jnp.asarray(sizes, jnp.int32))
+    assert y.dtype == jnp.bfloat16
+    want, error = exact(x, experts("nvfp4")[1], sizes)
+    assert_within(y.astype(jnp.float32), want, error + 2.0**-8 * (np.abs(want) + error))
 
 
 @pytest.mark.parametrize("name", NAMES)

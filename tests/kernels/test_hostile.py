@@ -7,8 +7,9 @@ import pytest
 
 import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Packed, Shapes
-from tests.kernels.cases import FLOAT, OPERANDS, PAIRS, case
-from tests.kernels.test_contract import able, assert_within, kernel_named, runner
+from tests.kernels.cases import OPERANDS, PAIRS, case
+from tests.kernels.test_contract import assert_within, kernel_named, runner
+from tests.kernels.test_empty import no_rows
 
 # (kernel, rows) that decode block scales on a CPU; for the others test_pallas.py and test_triton.py have the same
 DECODERS = [("reference", 2), ("xla_decode", 2), ("xla_lookup", 2), ("xla_tiled", 2), ("xla_row", 1), ("ffi_gemm", 2)]
@@ -33,22 +34,79 @@ def test_a_nan_scale_stays_in_its_column_and_a_zero_scale_is_zero(name, m):
         assert_within(y[:, keep], c.y[:, keep], c.bound[:, keep])
 
 
+# (kernel, pair, rows): products of codes, and one each of the kernels that decode them
+OF_CODES = [
+    ("xla_fp8", "fp8 x fp8", 5),
+    ("xla_fp8_dot", "fp8_channel x fp8_channel", 5),
+    ("xla_tiled_bf16", "fp8 x fp8", 5),
+    ("xla_tiled", "fp8_block x fp8_block", 5),
+    ("xla_decode", "fp8 x fp8", 5),
+    ("reference", "fp8_block x fp8_block", 5),
+    ("ffi_gemm", "fp8_block x fp8_block", 5),
+    ("pallas_gemv", "fp8 x fp8", 3),
+    ("pallas_skinny", "fp8_block x fp8_block", 5),
+    ("pallas_gemm", "fp8 x fp8", 65),
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "pair", "m"), OF_CODES)
+def test_a_nan_code_stays_in_its_row_or_column(name, pair, m, side):
+    """Also where the other operand is zero, as row 0 of the weight and of the left operand are."""
+    c, nan = case(pair, m, 7, 40), np.zeros((m, 7), bool)
+    lhs, rhs = c.lhs, c.rhs
+    if side == "left":
+        lhs, nan[1] = lhs._replace(data=lhs.data.at[1, 5].set(0xFF)), True
+    else:
+        rhs, nan[:, 2] = rhs._replace(data=rhs.data.at[2, 5].set(0x7F)), True
+    y = np.asarray(jax.jit(runner(name, c.specs))(lhs, rhs))
+    np.testing.assert_array_equal(np.isnan(y), nan)
+    assert_within(y[~nan], c.y[~nan], c.bound[~nan])
+
+
+FLOAT32_SCALES = [
+    *((name, pair, m) for name, m in DECODERS for pair in ("int4", "int4_channel")),
+    ("pallas_gemv", "int4", 3),
+    ("pallas_skinny", "fp8_block x fp8_block", 5),
+    ("pallas_gemm", "int8 x int8", 65),
+    ("xla_int8", "int8 x int8", 5),
+    ("xla_int8_row", "int8 x int8", 1),
+    ("xla_fp8", "fp8_channel x fp8_channel", 5),
+    ("xla_fp8_dot", "fp8_channel x fp8_channel", 5),
+    ("xla_tiled_bf16", "int8 x int8", 5),
+]
+
+
+@pytest.mark.parametrize(("name", "pair", "m"), FLOAT32_SCALES)
+def test_zero_float32_scales_are_zeros(name, pair, m):
+    """Of the weight's last row, or of its last rows where they share one, and of the last row of the left operand."""
+    c = case(pair, m, 133, 136)
+    zero = np.zeros((m, 133), bool)
+    rhs, rows = c.rhs._replace(scale=c.rhs.scale.at[-1].set(0)), PAIRS[pair][1] == "fp8_block"
+    zero[:, 128 if rows else 132 :] = True
+    lhs = c.lhs
+    if isinstance(lhs, Packed) and m > 1:
+        lhs, zero[-1] = lhs._replace(scale=lhs.scale.at[-1].set(0)), True
+    y = np.asarray(jax.jit(runner(name, c.specs))(lhs, rhs))
+    np.testing.assert_array_equal(y[zero], np.zeros(zero.sum()))
+    assert_within(y[~zero], c.y[~zero], c.bound[~zero])
+
+
+@pytest.mark.parametrize(("name", "m"), [("xla_fp8", 2), ("xla_decode", 2), ("pallas_gemm", 65)])
+def test_a_zero_scale_of_the_whole_is_zero(name, m):
+    c = case("fp8 x fp8", m, 5, 40)
+    y = jax.jit(runner(name, c.specs))(c.lhs, c.rhs._replace(scale=jnp.zeros((1, 1))))
+    np.testing.assert_array_equal(y, np.zeros((m, 5)))
+
+
 @pytest.mark.parametrize("pair", ["nvfp4", "uint4", "mxfp6", "int8 x int8", "fp8 x fp8", "fp8_block x fp8_block"])
-def test_no_rows(pair):
+def test_what_is_chosen_takes_no_rows(pair):
+    """The kernels themselves are run in test_empty.py."""
     c = case(pair, 2, 5, 64)
     lhs, rhs = (OPERANDS[name] for name in PAIRS[pair])
-    x = c.lhs[:0] if rhs is c.lhs or lhs == FLOAT else c.lhs._replace(data=c.lhs.data[:0], scale=_no_rows(c.lhs.scale))
-    for kernel in able(pair, 0, 5, 64):
-        if kernel.backend != "xla":  # Triton's and C++'s have theirs in test_triton.py and test_ffi.py
-            continue
-        y = jax.eval_shape(runner(kernel.name, c.specs), x, c.rhs)
-        assert (y.shape, y.dtype) == ((0, 5), jnp.float32), kernel.name
+    x = no_rows(c.lhs)
     y = kernels.find("qdot", lhs, rhs, "cpu", Shapes(0, 5, 64)).run(x, c.rhs, **c.specs)
     assert y.shape == (0, 5)
-
-
-def _no_rows(scale):
-    return scale if scale is None or scale.shape[0] == 1 else scale[:0]
 
 
 def test_pallas_launches_nothing_for_no_rows():

@@ -15,8 +15,9 @@ from jqopt import _numerics, formats
 from jqopt.train import _dither
 from jqopt.train._operand import COLUMNS, Quantizer, codes, measure, pinned
 from jqopt.train.quantizers import encode_scale
-from jqopt_kernels import reference
+from jqopt_kernels import Shapes, reference
 from jqopt_kernels.quantize_way import NEAREST, SIGNS, Random, Way, needs_scale
+from tests.kernels.cases import FLOAT
 from tests.kernels.quantize_cases import FORMATS, hostile, matrix
 
 NVFP4 = FORMATS["nvfp4"][0]
@@ -38,6 +39,13 @@ def same(a, b) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ both copies
+
+# What quantize_both claims: scales of rows are refused.
+TILED = [
+    name
+    for name, (spec, *_) in FORMATS.items()
+    if kernels.explain("quantize_both", FLOAT, spec, "cpu", Shapes(8, 0, 8), "xla") == [("xla_quantize_both", None)]
+]
 
 COLUMN = Way(encode=True, hadamard=SIGNS, stochastic=True)
 
@@ -94,6 +102,22 @@ def test_both_copies_equal_transformer_engines():
         np.testing.assert_array_equal(got.scale, golden["scale" + name])
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(f, n, marks=() if (f, n) in (("xla", "mxfp8"), ("pallas", "fp8_8x16")) else slow)
+        for f in ("pallas", "xla")
+        for n in TILED
+    ],
+)
+def test_both_copies_of_every_format(family, name):
+    """The oracle's bits, 70 x 40: ragged along both sides."""
+    spec, x = FORMATS[name][0], jnp.nan_to_num(hostile(70, 40), nan=1.0, posinf=1e30, neginf=-1e30)
+    scales = {"scale": jnp.float32(0.02), "column_scale": jnp.float32(0.05)} if needs_scale(spec) else {}
+    run, oracle = (functools.partial(run_of("quantize_both", f), spec=spec, packed=True) for f in (family, "reference"))
+    same(jax.jit(lambda x, s: run(x, **s))(x, scales), jax.jit(lambda x, s: oracle(x, **s))(x, scales))
+
+
 def test_both_copies_of_square_tiles_are_each_others_transpose():
     spec = NVFP4._replace(block=(16, 16))
     x = matrix(32, 48)
@@ -110,7 +134,13 @@ def test_both_copies_of_square_tiles_are_each_others_transpose():
 
 
 @pytest.mark.parametrize(
-    ("name", "signs"), [("fp8_token", None), ("fp8", SIGNS), pytest.param("fp8", None, marks=slow)]
+    ("name", "signs"),
+    [
+        ("fp8_token", None),
+        ("fp8", SIGNS),
+        pytest.param("fp8_token", SIGNS, marks=slow),
+        *(pytest.param(name, None, marks=slow) for name in FORMATS if name != "fp8_token"),
+    ],
 )
 def test_amax(name, signs):
     """Several tiles, ragged; NaN of one row. Transformed: the same bits as the oracle's sums."""
@@ -119,14 +149,18 @@ def test_amax(name, signs):
     got, same_by_xla, want = (
         jax.jit(functools.partial(run_of("amax", f), spec=spec, way=way))(x) for f in ("pallas", "xla", "reference")
     )
-    assert got.shape == ((40, 1) if name == "fp8_token" else ())
+    per_row = name.endswith("token")
+    assert got.shape == ((40, 1) if per_row else ())
     same((got, same_by_xla), (want, want))
     if signs is None:
-        exact = np.abs(np.asarray(x)).max(axis=1, keepdims=True) if name == "fp8_token" else np.abs(x).max()
+        exact = np.abs(np.asarray(x)).max(axis=1, keepdims=True) if per_row else np.abs(x).max()
         np.testing.assert_array_equal(got, exact)
 
 
 # -------------------------------------------------------------------------------------------------------------- fused
+
+
+OFTEN = (("norm_quantize", "fp8_token"), ("swiglu_quantize", "nvfp4"))
 
 
 def steps_apart(a, b, element: str) -> np.ndarray:
@@ -139,10 +173,9 @@ def steps_apart(a, b, element: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("op", "name"),
     [
-        ("norm_quantize", "fp8_token"),
-        ("swiglu_quantize", "nvfp4"),
-        pytest.param("norm_quantize", "nvfp4", marks=slow),
-        pytest.param("swiglu_quantize", "fp8_token", marks=slow),
+        pytest.param(op, name, marks=() if (op, name) in OFTEN else slow)
+        for op in ("norm_quantize", "swiglu_quantize")
+        for name in FORMATS
     ],
 )
 def test_fused_equals_the_oracle(op, name):
