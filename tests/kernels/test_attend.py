@@ -11,6 +11,7 @@ import jqopt_kernels as kernels
 from jqopt import kv_cache
 from jqopt_kernels import Attention, Operand, Packed, Shapes
 from tests.kernels.cases import FLOAT, OPERANDS, WEIGHTS, operand
+from tests.kernels.lowering import for_cuda
 
 NAMES = [k.name for k in kernels.KERNELS if k.op == "attend"]
 FORMATS = {
@@ -152,7 +153,7 @@ def test_lowers_for_cuda_also_under_vmap_and_scan():
         (jax.vmap(call), stacked),
         (functools.partial(jax.lax.map, lambda a: call(*a)), (stacked,)),
     ):
-        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        text = for_cuda(f, *args).as_text()
         assert text.count("@__gpu$xla.gpu.triton") == 1
 
 
@@ -195,10 +196,10 @@ def test_a_cache_attends_with_it(spec):
 def test_a_cache_attends_with_it_on_cuda():
     cache = kv_cache.init((BATCH, 40, HEADS, 32), {"format": "nvfp4", "scaling": "cast"})
     q = jnp.zeros((BATCH, 1, HEADS * GROUP, 32), jnp.bfloat16)
-    run = jax.jit(functools.partial(kv_cache.attend, device="cuda:90"))
+    run = functools.partial(kv_cache.attend, device="cuda:90")
 
     def lowered(q: jax.Array) -> str:
-        return run.trace(cache, q, 3).lower(lowering_platforms=("cuda",)).as_text()
+        return for_cuda(run, cache, q, 3).as_text()
 
     assert "pallas_attend" in lowered(q)
     assert "pallas_attend" not in lowered(jnp.zeros((BATCH, 2, HEADS * GROUP, 32), jnp.bfloat16))  # two tokens

@@ -10,6 +10,7 @@ import pytest
 import jqopt_kernels as kernels
 from jqopt_kernels import decode, ffi_gemm, reference, xla_row
 from tests.kernels.cases import ML_DTYPES, OPERANDS, PAIRS, bound, case, nf4, operand
+from tests.kernels.lowering import for_cuda
 
 # m: one row, few, many. n: one, and more than one tile with a rest. k: less than a block, whole blocks with a rest, and
 # whole blocks that are no whole tiles.
@@ -121,7 +122,7 @@ def test_scaled_products_lower_for_blackwell_from_a_cpu(under):
         "vmap": jax.vmap(run, in_axes=(None, 0)),
         "scan": lambda x, ws: jax.lax.scan(lambda carry, w: (carry, run(x, w)), 0, ws)[1],
     }
-    text = jax.jit(many[under]).trace(x, rhs).lower(lowering_platforms=("cuda",)).as_text()
+    text = for_cuda(many[under], x, rhs).as_text()
     assert text.count("__op$block_scaled_dot") == 1
     assert "dot_general" not in text
 

@@ -13,6 +13,7 @@ from jqopt import _ops
 from jqopt_kernels import Shapes
 from jqopt_kernels._groups import tiled
 from tests.kernels.cases import FLOAT, OPERANDS, WEIGHTS, bound, operand
+from tests.kernels.lowering import for_cuda
 from tests.kernels.test_contract import assert_within
 
 NAMES = [k.name for k in kernels.KERNELS if k.op == "ragged"]
@@ -136,7 +137,7 @@ def test_lowers_for_cuda():
     assert chosen.name == "pallas_ragged"
     arrays = (lhs(40), experts("nvfp4")[0], jnp.asarray([3, 0, 30, 5], jnp.int32))
     call = functools.partial(chosen.run, lhs_spec=FLOAT, rhs_spec=OPERANDS["nvfp4"], n=N, k=K)
-    text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    text = for_cuda(call, *arrays).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 1
 
 
@@ -185,5 +186,5 @@ def test_a_model_multiplies_packed_experts(model, backend, device, monkeypatch):
 def test_a_model_lowers_for_cuda(model):
     qm, x = model
     run = jqopt.apply(qm.plan, device="cuda:90")
-    text = jax.jit(run).trace(qm.quant, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = for_cuda(run, qm.quant, x).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 1 and "pallas_ragged" in text

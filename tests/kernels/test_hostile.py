@@ -8,6 +8,7 @@ import pytest
 import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Packed, Shapes
 from tests.kernels.cases import OPERANDS, PAIRS, case
+from tests.kernels.lowering import for_cuda
 from tests.kernels.test_contract import assert_within, kernel_named, runner
 from tests.kernels.test_empty import no_rows
 
@@ -112,7 +113,7 @@ def test_what_is_chosen_takes_no_rows(pair):
 def test_pallas_launches_nothing_for_no_rows():
     c = case("nvfp4", 2, 5, 64)
     for name in ("pallas_gemv", "pallas_skinny"):
-        text = jax.jit(runner(name, c.specs)).trace(c.lhs[:0], c.rhs).lower(lowering_platforms=("cuda",)).as_text()
+        text = for_cuda(runner(name, c.specs), c.lhs[:0], c.rhs).as_text()
         assert "custom_call" not in text and "tensor<0x5xf32>" in text
 
 

@@ -9,6 +9,7 @@ import jqopt
 import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Packed, Shapes
 from tests.kernels.cases import FLOAT, OPERANDS, case
+from tests.kernels.lowering import for_cuda
 from tests.kernels.test_contract import assert_within, kernel_named, runner
 
 NVFP4 = OPERANDS["nvfp4"]
@@ -167,7 +168,7 @@ def test_a_model_lowers_for_cuda(model, rows):
     qm, x = model
     run = jqopt.apply(qm.plan, backend="pallas", device="cuda:90")
     x = jnp.zeros((rows, 32))
-    text = jax.jit(run).trace(qm.quant, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = for_cuda(run, qm.quant, x).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 2  # in the scan's body, and the head
     assert "pallas_gemv" in text if rows == 3 else "pallas_skinny" in text
-    assert jax.jit(jax.vmap(run, (None, 0))).trace(qm.quant, x[None]).lower(lowering_platforms=("cuda",))
+    assert for_cuda(jax.vmap(run, (None, 0)), qm.quant, x[None])

@@ -9,6 +9,7 @@ import jqopt
 import jqopt_kernels as kernels
 from jqopt import _ops, formats
 from jqopt._ops import InputFormat
+from tests.kernels.lowering import for_cuda
 from tests.kernels.quantize_cases import hostile
 
 SPECS = {
@@ -61,10 +62,10 @@ def test_a_model_lowered_for_cuda_calls_it(backend):
     x = jnp.ones((4, 64), jnp.float32)
     qm = jqopt.quantize_model(lambda p, x: x @ p["w"], "fp8_per_channel_per_token", params=params, inputs=x)
     run = jqopt.apply(qm.plan, device=CUDA, backend=backend)
-    text = jax.jit(run).trace(qm.quant, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = for_cuda(run, qm.quant, x).as_text()
     assert text.count("__gpu$xla.gpu.triton") == (backend is None)
     assert "__gpu$xla.gpu.triton" not in jax.jit(jqopt.apply(qm.plan)).lower(qm.quant, x).as_text()
-    grad = jax.jit(jax.grad(lambda x: run(qm.quant, x).sum())).trace(x).lower(lowering_platforms=("cuda",))
+    grad = for_cuda(jax.grad(lambda x: run(qm.quant, x).sum()), x)
     assert "dot_general" in grad.as_text()  # straight through
 
 

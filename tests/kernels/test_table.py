@@ -11,6 +11,7 @@ import pytest
 import jqopt_kernels as kernels
 from jqopt_kernels import NoKernelError, Operand, Shapes
 from tests.kernels.cases import FLOAT, OPERANDS, PAIRS, case
+from tests.kernels.lowering import for_cuda
 
 INT8, FP8, NVFP4 = OPERANDS["int8"], OPERANDS["fp8"], OPERANDS["nvfp4"]
 BIG = Shapes(64, 256, 256)
@@ -162,8 +163,7 @@ def test_zero_points_of_floats_are_refused():
 def lowered(pair: str, kernel: kernels.Kernel, m: int) -> str:
     c = case(pair, m, 130, 70)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (c.lhs, c.rhs))
-    trace = jax.jit(lambda lhs, rhs: kernel.run(lhs, rhs, **c.specs)).trace(*arrays)
-    return trace.lower(lowering_platforms=("cuda",)).as_text()
+    return for_cuda(lambda lhs, rhs: kernel.run(lhs, rhs, **c.specs), *arrays).as_text()
 
 
 def cuda_checks() -> list:

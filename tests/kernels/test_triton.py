@@ -19,6 +19,7 @@ import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Shapes, _tiles, triton_call, triton_dot
 from tests.kernels import triton_tools as tools
 from tests.kernels.cases import FLOAT, OPERANDS, PAIRS
+from tests.kernels.lowering import for_cuda
 from tests.kernels.triton_aot import cuda_folder
 
 HOPPER = "cuda:90"
@@ -318,7 +319,7 @@ def test_offsets_beyond_int32(name):
 
 
 def lowered(f, *arrays) -> str:
-    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return for_cuda(f, *arrays).as_text()
 
 
 def bound(name: str, lhs: Operand, rhs: Operand, shapes: Shapes, **more):
