@@ -87,6 +87,26 @@ def test_numbers_in_the_interpreter(name):
 
 
 @cuda
+def test_bfloat16_results_in_the_interpreter():
+    """Within one unit in the last place; and rounded to the nearest by the instruction that a GPU has for it."""
+    jobs: list[dict] = [
+        {"kernel": name, "pair": pair, "shape": shape, "out_dtype": "bfloat16"} | more
+        for name, pair, shape, more in [
+            ("triton_gemv", "nvfp4", (3, 9, 513), {}),
+            ("triton_skinny", "nvfp4", (17, 66, 1061), {}),
+            ("triton_gemm", "int4", (65, 70, 72), {"activation": "silu"}),
+            ("triton_fp8_block", "fp8_block x fp8_block", (65, 130, 300), {}),
+            ("triton_scaled", "nvfp4 x nvfp4", (130, 150, 304), {"capability": 100}),
+        ]
+    ]
+    for one, found in zip(jobs, interpreted(jobs), strict=True):
+        assert found["bound"] <= 1 and found["shape"] == list(one["shape"][:2]), (one, found)
+    launch = tools.launch("triton_gemv", FLOAT, OPERANDS["nvfp4"], Shapes(1, 256, 256), 90)
+    launch = launch._replace(out=jax.ShapeDtypeStruct(launch.out.shape, jnp.bfloat16))
+    assert "cvt.rn.bf16" in tools.compiled(launch, 90).ptx
+
+
+@cuda
 def test_mixed_formats_in_the_interpreter():
     """W4A8 and what else a kernel decodes on both sides; scales that vary along k on one side only."""
     mixed = {
@@ -302,16 +322,31 @@ def test_hardware_decodes_e4m3():
 
 
 @cuda
-@pytest.mark.parametrize("name", ["triton_gemv", "triton_skinny"])
-def test_offsets_beyond_int32(name):
-    """A weight of 2^33 bytes: whatever is as long as a row multiplies row numbers as int64 and never as int32."""
+@pytest.mark.parametrize(
+    ("name", "lhs", "rhs", "m"),
+    [
+        ("triton_gemv", "float", "nvfp4", 2),
+        ("triton_skinny", "float", "nvfp4", 2),
+        ("triton_gemm", "float", "int8", 256),
+        ("triton_fp8_block", "fp8_1x128", "fp8_128", 16),
+        ("triton_scaled", "nvfp4", "nvfp4", 256),
+    ],
+)
+def test_offsets_beyond_int32(name, lhs, rhs, m):
+    """A weight of 2^33 bytes and more: whatever is as long as a row multiplies row numbers as int64, never as int32."""
     n, k = 1 << 18, 1 << 16
-    launch = tools.launch(name, FLOAT, OPERANDS["nvfp4"], Shapes(2, n, k), 90)
-    ttir = tools.compiled(launch, 90).ttir
-    lengths = {"weight": k // 2, "scales": k // 16} | ({} if name == "triton_gemv" else {"result": n})
+    capability = 100 if name == "triton_scaled" else 90
+    launch = tools.launch(name, MORE[lhs], MORE[rhs], Shapes(m, n, k), capability, prepare=False)
+    ttir = tools.compiled(launch, capability).ttir
+    spec = MORE[rhs]
+    lengths = {"weight": k * tools.BITS[spec.element] // 8} | ({} if name == "triton_gemv" else {"result": n})
+    if spec.granularity == "block":
+        lengths["scales"] = k // (spec.block[1] if isinstance(spec.block, tuple) else spec.block)
+    if name == "triton_scaled":
+        lengths["scales in tiles"] = k // 16 // 4 * 512
     for what, length in lengths.items():
         assert re.search(rf"dense<{length}> : tensor<[0-9x]*i64>|constant {length} : i64", ttir), what
-    for length in (k, k // 2, k // 16):
+    for length in set(lengths.values()) - {n}:
         assert not re.search(rf"dense<{length}> : tensor<[0-9x]*i32>", ttir), length
 
 
