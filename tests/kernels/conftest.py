@@ -1,8 +1,8 @@
-"""The C++ library of the FFI kernels, built once for all test processes into a folder of the run."""
+"""What tests of kernels share: the C++ library, built once into a folder of the run; Triton with shipped tiles only."""
 
 import pytest
 
-from jqopt_kernels import ffi_build
+from jqopt_kernels import ffi_build, triton_call
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,13 @@ def library(built_library, monkeypatch) -> ffi_build.Library:
     found = ffi_build.library()
     assert not isinstance(found, str), found
     return found
+
+
+@pytest.fixture(scope="module")
+def shipped_tiles(tmp_path_factory):
+    """Shipped tiles only, whatever this machine's user has tuned; and a folder for Triton, which jax-triton unsets."""
+    assert triton_call.missing() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield

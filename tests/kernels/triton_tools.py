@@ -15,8 +15,13 @@ import numpy as np
 from jqopt_kernels import KERNELS, Epilogue, Operand, Packed, Shapes, triton_dot
 from jqopt_kernels._tiles import Tile
 from jqopt_kernels.triton_call import Launch
-from tests.kernels.cases import BITS, scale_shape
+from tests.kernels.cases import BITS, OPERANDS, scale_shape
 
+MORE = OPERANDS | {
+    "int4_g128": Operand("int4", 128, "float32", "block"),
+    "fp8_128": Operand("e4m3", (128, 128), "float32", "block"),
+    "fp8_1x128": Operand("e4m3", (1, 128), "float32", "block"),
+}
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "uint8": "*u8"}
 
 
