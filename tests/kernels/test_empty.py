@@ -21,6 +21,11 @@ def installed(request):
         request.getfixturevalue("library")
 
 
+def often(format: str) -> list:
+    """Some formats are run with every change, the others with all slow tests."""
+    return [] if format in ("nvfp4", "uint4", "fp8_token") else [pytest.mark.slow]
+
+
 def products(shapes) -> list:
     """(kernel, pair, those of the shapes that it takes). Triton's are in test_triton.py."""
     takes: dict[tuple[str, str], list] = {}
@@ -29,7 +34,7 @@ def products(shapes) -> list:
             for kernel in able(pair, *shape):
                 takes.setdefault((kernel.name, pair), []).append(shape)
     return [
-        pytest.param(name, pair, some, id=f"{name}-{pair}")
+        pytest.param(name, pair, some, id=f"{name}-{pair}", marks=often(pair))
         for (name, pair), some in takes.items()
         if not name.startswith("triton")
     ]
@@ -80,7 +85,7 @@ def test_groups_of_nothing(name, format):
 
 @pytest.mark.parametrize("name", attend.NAMES)
 @pytest.mark.parametrize(("batch", "length"), [(0, 8), (2, 0)])
-@pytest.mark.parametrize("format", attend.FORMATS)
+@pytest.mark.parametrize("format", [pytest.param(f, marks=often(f)) for f in attend.FORMATS])
 def test_attention_to_nothing(name, batch, length, format):
     facts = attend.facts_of(format, 0.1)
     k, v = (
@@ -101,7 +106,7 @@ BITS = {"e2m1": 4, "e3m2": 6, "e2m3": 6, "e4m3": 8, "e5m2": 8, "int8": 8}
 
 def taken(op: str) -> list:
     return [
-        pytest.param(kernel, name, id=f"{kernel.name}-{name}")
+        pytest.param(kernel, name, id=f"{kernel.name}-{name}", marks=often(name))
         for kernel in kernels.KERNELS
         if kernel.op == op
         for name in FORMATS
