@@ -178,11 +178,15 @@ def race(runners: list[Runner], deadline: float) -> list[float]:
 
 
 class Attempt(NamedTuple):
-    """One kernel on its way to a row: what it is made of, its program as far as it came, and how long that took."""
+    """One kernel on its way to a row: what it is made of, its program as far as it came, and how long that took.
+
+    sets: activations and weights, the latter as the kernel's `prepare` makes them, once.
+    """
 
     row: dict
     kernel: kernels.Kernel
     width: int
+    sets: list[tuple]
     program: Any = None
     seconds: float = 0.0
     why: str | None = None
@@ -227,15 +231,16 @@ def measure(case: Case, limit: Limit | None, row_s: float) -> Iterator[dict]:
         if why is not None:
             yield {**row, "status": "refused", "why": why}
             continue
-        one = Attempt(row, kernel, _bits(case, kernel) if is_gpu else width)
-        attempts.append(one.then(lambda _, kernel=kernel: lowered(case.run(kernel), sets, is_gpu, again)))
+        own = [(x, kernel.prepare(w)) for x, w in sets] if case.op == "qdot" else sets
+        one = Attempt(row, kernel, _bits(case, kernel) if is_gpu else width, own)
+        attempts.append(one.then(lambda _, kernel=kernel, own=own: lowered(case.run(kernel), own, is_gpu, again)))
     if is_gpu and case.label == "fp8 x fp8":
-        attempts.append(_cublaslt(case, about).then(lambda _: lowered(cublaslt(case), sets, is_gpu, again)))
+        attempts.append(_cublaslt(case, about, sets).then(lambda _: lowered(cublaslt(case), sets, is_gpu, again)))
     with ThreadPoolExecutor(COMPILING if is_gpu else 1) as pool:
         attempts = list(pool.map(lambda one: one.then(lambda program: program.compile(one.options)), attempts))
     for one in attempts:
-        name, family, own = one.kernel.name, one.kernel.backend, one.width
-        one = one.then(lambda p, name=name, family=family, own=own: runner(name, family, p, sets, own, is_gpu, again))
+        named = one.kernel.name, one.kernel.backend
+        one = one.then(lambda p, one=one, named=named: runner(*named, p, one.sets, one.width, is_gpu, again))
         if one.why is None:
             want = oracle(case) if want is None else want
             one = one.then(lambda made, want=want, kernel=one.kernel: (made[0], wrong(case, made[1], want, kernel)))
@@ -284,10 +289,10 @@ def cublaslt(case: Case) -> Callable[[Any, Any], jax.Array]:
     return product
 
 
-def _cublaslt(case: Case, about: dict) -> Attempt:
+def _cublaslt(case: Case, about: dict, sets: list[tuple]) -> Attempt:
     kernel = next(one for one in kernels.KERNELS if one.name == "xla_fp8")._replace(name="cublaslt")
     row = {**about, "kernel": kernel.name, "family": "xla"}
-    return Attempt(row, kernel, 8, options={"xla_gpu_enable_triton_gemm": False})
+    return Attempt(row, kernel, 8, sets, options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _bits(case: Case, kernel: kernels.Kernel) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import jax.numpy as jnp
+
 from . import ffi_build, tune
 from ._device import here
 from ._types import Operand, Shapes
@@ -18,6 +20,12 @@ FORMATS = {
     "fp8_block": Operand("e4m3", (128, 128), "float32", "block"),
     "int8": Operand("int8", None, "float32", "channel"),
     "int4": Operand("int4", 128, "float32", "block"),
+}
+FLOATS = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+# scales of an activation belong to one row: "channel" is by token
+ACTIVATIONS = dict.fromkeys(FLOATS, Operand("float")) | {
+    **{name: FORMATS[name] for name in ("nvfp4", "mxfp4", "mxfp8", "fp8", "int8")},
+    "fp8_block": Operand("e4m3", (1, 128), "float32", "block"),
 }
 
 
@@ -41,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256], help="rows of the activation")
     for one, run in ((table, _list), (search, _tune)):
         one.add_argument("--weight", default="nvfp4", choices=sorted(FORMATS), help="format of the weight")
+        one.add_argument("--activation", default="bfloat16", choices=sorted(ACTIVATIONS), help="dtype or format")
         one.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"), help="of the weight")
         one.set_defaults(run=run)
     table.add_argument("--m", type=int, default=1, help="rows of the activation")
@@ -52,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(asked: argparse.Namespace) -> None:
     shapes, device = Shapes(asked.m, *asked.shape), asked.device or here()
-    print(f"qdot of float x {asked.weight} on {device}, m={shapes.m} n={shapes.n} k={shapes.k}")
-    reasons = dict(explain("qdot", Operand("float"), FORMATS[asked.weight], device, shapes))
+    print(f"qdot of {asked.activation} x {asked.weight} on {device}, m={shapes.m} n={shapes.n} k={shapes.k}")
+    reasons = dict(explain("qdot", ACTIVATIONS[asked.activation], FORMATS[asked.weight], device, shapes))
     for kernel in KERNELS:
         if kernel.op == "qdot":
             print(f"  {kernel.name:<18} {kernel.backend:<10} {reasons[kernel.name] or 'can'}")
@@ -63,8 +72,9 @@ def _list(asked: argparse.Namespace) -> None:
 
 def _tune(asked: argparse.Namespace) -> None:
     device = tune.gpu()
+    lhs, rhs, dtype = ACTIVATIONS[asked.activation], FORMATS[asked.weight], FLOATS.get(asked.activation)
     for m in asked.rows:
-        found = tune.search(FORMATS[asked.weight], Shapes(m, *asked.shape), device)
+        found = tune.search(lhs, rhs, Shapes(m, *asked.shape), device, dtype)
         path = tune.keep(found, device)
         for result in found:
             print(f"{result.kernel} {result.key}: {result.microseconds:.1f} us {result.tile}")

@@ -66,7 +66,7 @@ def launch(
     """(Launch, what to do with its result): as `triton_dot.dot_launch`."""
     m, n, k, _ = shapes
     bits = decode.CODINGS[rhs_spec.element].bits
-    tile = tile or _tiles.find("triton_scaled", bits, bits, shapes, number)
+    tile = tile or _tiles.find("triton_scaled", bits, 8 * lhs.data.dtype.itemsize, shapes, number)
     x = lhs.data if bits == 8 else lhs.data[:, 0::2] | (lhs.data[:, 1::2] << 4)
     assert lhs.scale is not None and rhs.scale is not None, "operands without block scales"
     tiled_weight = rhs.scale.ndim == 5

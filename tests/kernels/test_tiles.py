@@ -9,6 +9,7 @@ import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Shapes, _tiles, commands, reference, triton_call, triton_dot, tune
 from jqopt_kernels._tiles import Tile
 from tests.kernels.cases import FLOAT, OPERANDS
+from tests.kernels.triton_tools import subprocess_json
 
 NVFP4 = OPERANDS["nvfp4"]
 SHAPES = Shapes(1, 4096, 4096)
@@ -40,7 +41,7 @@ def test_every_class_of_every_kernel_has_a_shipped_tile(capability, cache):
     assert set(shipped(capability)) == set(triton_dot.LAUNCHES) | blackwells
     for bits in (4, 8) if blackwells else ():
         for m in (65, 256, 100_000):
-            assert _tiles.find("triton_scaled", bits, bits, Shapes(m, 4096, 4096), capability).bn % 128 == 0
+            assert _tiles.find("triton_scaled", bits, 8, Shapes(m, 4096, 4096), capability).bn % 128 == 0
 
 
 def test_a_newer_device_uses_the_last_file_that_is_not_newer():
@@ -84,13 +85,52 @@ def test_the_search_ends_at_the_best_and_counts_failures():
     assert 10 < tried < 60 and failed > 0
 
 
+def test_numbers_that_a_kernel_does_not_read_are_not_searched():
+    start = Tile(64, 512, 4, 4)
+    moved = {f for tile in tune.neighbours(start, tune.UNUSED["triton_gemv"]) for f in Tile._fields
+             if getattr(tile, f) != getattr(start, f)}  # fmt: skip
+    assert moved == {"bn", "bk", "warps", "stages"}
+
+
 @pytest.mark.parametrize("name", commands.FORMATS)
-def test_what_is_timed_is_a_product_of_finite_numbers(name, monkeypatch):
+@pytest.mark.parametrize("activation", commands.ACTIVATIONS)
+def test_what_is_timed_is_a_product_of_finite_numbers(activation, name, monkeypatch):
     monkeypatch.setattr(tune, "CACHE_BYTES", 1 << 10)
-    spec = commands.FORMATS[name]
-    x, weights = tune._operands(spec, Shapes(2, 8, 256))
-    y = reference.qdot(x, weights[0], lhs_spec=FLOAT, rhs_spec=spec, n=8, k=256)
+    lhs, rhs, dtype = commands.ACTIVATIONS[activation], commands.FORMATS[name], commands.FLOATS.get(activation)
+    x, weights = tune._operands(lhs, rhs, Shapes(2, 8, 256), dtype)
+    y = reference.qdot(x, weights[0], lhs_spec=lhs, rhs_spec=rhs, n=8, k=256)
     assert len(weights) == 2 and bool(jnp.isfinite(y).all()) and float(jnp.abs(y).max()) > 0
+
+
+# (activation, weight, [m, n, k], device, the kernels that take it); between them every Triton kernel of `qdot`
+SEARCHED = [
+    ("bfloat16", "nvfp4", (2, 9, 72), "cuda:90", {"triton_gemv", "triton_skinny", "triton_gemm"}),
+    ("fp8_block", "fp8_block", (5, 9, 130), "cuda:90", {"triton_fp8_block", "triton_skinny", "triton_gemm"}),
+    ("nvfp4", "nvfp4", (65, 9, 80), "cuda:100", {"triton_scaled", "triton_gemm"}),
+    ("mxfp8", "mxfp4", (5, 9, 64), "cuda:120", {"triton_skinny", "triton_gemm"}),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("activation", "weight", "shape", "device", "names"), SEARCHED)
+def test_the_search_runs_every_neighbour_of_the_shipped_tile(activation, weight, shape, device, names):
+    """In Triton's interpreter, each held to the oracle by the search; nothing is timed."""
+    job = {"activation": activation, "weight": weight, "shape": shape, "device": device}
+    (found,) = subprocess_json("tests.kernels.triton_tune", json.dumps([job]), TRITON_INTERPRET="1")
+    assert {one["kernel"] for one in found} == names
+    number = int(device.removeprefix("cuda:"))
+    for one in found:
+        bits = [int(part[1:]) for part in one["key"].split()[:2]]
+        start = _tiles.find(one["kernel"], *bits, Shapes(*shape), number)
+        assert one["tile"] == start._asdict() and one["microseconds"] == pytest.approx(0.5e6)
+        assert one["tried"] == 1 + len(set(tune.neighbours(start, tune.UNUSED.get(one["kernel"], ()))))
+        assert one["key"].endswith(f" n{shape[1]} k{shape[2]}")
+        assert one["failed"] == (one["kernel"] == "triton_scaled")  # 64 rows of a weight with scales in tiles of 128
+
+
+def test_a_product_for_no_triton_kernel_says_why_of_each():
+    with pytest.raises(ValueError, match=r"no Triton kernel takes.*triton_gemv: lhs is e2m1.*triton_skinny: m=70"):
+        tune.search(NVFP4, Operand("nf4", 64, "float32", "block"), Shapes(70, 8, 64), "cuda:90")
 
 
 def test_tuning_needs_a_gpu(capsys):

@@ -5,9 +5,6 @@ All but the first part needs the packages of `make cuda`.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +28,7 @@ pytestmark = pytest.mark.usefixtures("shipped_tiles")
 
 def interpreted(jobs: list[dict]) -> list[dict]:
     """What `triton_interpret` says of each job, in a process of its own."""
-    return subprocess_json("tests.kernels.triton_interpret", json.dumps(jobs), TRITON_INTERPRET="1")
-
-
-def subprocess_json(module: str, text: str, **variables: str):
-    """What a module prints, run as a program in a process of its own with this one's imports and no GPU."""
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | variables
-    done = subprocess.run(
-        [sys.executable, "-m", module], input=text, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return tools.subprocess_json("tests.kernels.triton_interpret", json.dumps(jobs), TRITON_INTERPRET="1")
 
 
 def claimed(name: str, pair: str, shape: tuple[int, int, int]) -> bool:
@@ -301,6 +287,6 @@ def test_compiled_by_xla_no_weight_is_decoded_to_memory(tmp_path):
     arguments and results than one decoded weight would take (512 x 1024 bfloat16)."""
     folder = cuda_folder(tmp_path)
     flags = f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0"
-    facts = subprocess_json("tests.kernels.triton_aot", "", XLA_FLAGS=flags)
+    facts = tools.subprocess_json("tests.kernels.triton_aot", "", XLA_FLAGS=flags)
     assert sum(c.startswith("triton_kernel_call") for c in facts["calls"]) == 2  # jax-triton 0.4 adds `_ffi`
     assert facts["temporary"] < 512 * 1024 * 2

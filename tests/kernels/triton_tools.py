@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import json
+import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 from typing import NamedTuple
 
@@ -113,3 +116,14 @@ def _dump(cubin: bytes) -> tuple[str, str]:
         file.flush()
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         return tuple(run([_tools() / "cuobjdump", what, file.name]).stdout for what in ("-res-usage", "-sass"))
+
+
+def subprocess_json(module: str, text: str, **variables: str):
+    """What a module prints, run as a program in a process of its own with this one's imports and no GPU."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | variables
+    done = subprocess.run(
+        [sys.executable, "-m", module], input=text, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
