@@ -1,4 +1,4 @@
-"""The one door to jax-triton: whether it is there, and one launch of a kernel of `triton_code`.
+"""The one door to jax-triton: whether it is there, and one launch of a kernel of `MODULES`.
 
 jax-triton 0.3 and 0.4 differ in names, in how they read Python floats and in when they look for a GPU. What is written
 here holds for both: operands by position, the output last, sizes as compile-time constants, no float scalars.
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 
 NEEDED = "pip install 'jqopt[cuda]'"
+MODULES = ("triton_code", "triton_words")
 
 
 class Launch(NamedTuple):
     """One launch, as data: tests compile and interpret the same that jax-triton is given.
 
-    kernel: name of a function in `triton_code`; operands: its first arguments, arrays or ints; out: what it writes, as
+    kernel: name of a function in `MODULES`; operands: its first arguments, arrays or ints; out: what it writes, as
     its next argument; constants: all its other arguments, compile-time constants.
     """
 
@@ -43,13 +44,18 @@ def missing() -> str | None:
     return None if hasattr(jax_triton, "triton_call") else f"this jax_triton has no triton_call; {NEEDED}"
 
 
+def source(kernel: str) -> Any:
+    """The Triton function of that name; imports triton."""
+    modules = [importlib.import_module(f"jqopt_kernels.{name}") for name in MODULES]
+    return next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
+
+
 def call(launch: Launch, capability: int) -> jax.Array:
     """What the kernel writes. `capability`: of the device, times ten; it need not be there when this is lowered."""
     triton_call = importlib.import_module("jax_triton").triton_call
-    code = importlib.import_module("jqopt_kernels.triton_code")
     return triton_call(
         *launch.operands,
-        kernel=getattr(code, launch.kernel),
+        kernel=source(launch.kernel),
         grid=launch.grid,
         num_warps=launch.warps,
         num_stages=launch.stages,

@@ -59,11 +59,10 @@ def load_cols(rows, cols, LIMIT: tl.constexpr, STEP: tl.constexpr):
 def block_scales(rows, k, K: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr):
     """Stored scales or zero points [r, BK / SUB] of the columns k ... k + BK, one for each SUB of them."""
     first = k + tl.arange(0, BK // SUB) * SUB
-    if K % BK == 0:
-        v = tl.load(rows + (first // BLOCK)[None, :])
-    else:
-        v = tl.load(rows + (first // BLOCK)[None, :], mask=first[None, :] < K, other=0)
-    return v
+    i = first // BLOCK
+    if SUB == BLOCK:  # a spelling in which Triton sees that they lie side by side
+        i = k // BLOCK + tl.arange(0, BK // SUB)
+    return tl.load(rows + i[None, :]) if K % BK == 0 else tl.load(rows + i[None, :], mask=first[None, :] < K, other=0)
 
 
 @triton.jit
@@ -144,6 +143,47 @@ def activated(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def tile_of(M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile, (of the weight's rows, of the activation's).
+
+    Neighbours read GROUP tiles of weights again and again before going on: they stay in L2.
+    """
+    tiles_n: tl.constexpr = (N + BN - 1) // BN
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles_m)
+    wide = tl.minimum(tiles_n - group * GROUP, GROUP)
+    return group * GROUP + (pid % (GROUP * tiles_m)) % wide, (pid % (GROUP * tiles_m)) // wide
+
+
+@triton.jit
+def finish_tile(
+    acc, ls_ptr, rs_ptr, b_ptr, o_ptr, rn, rm, pk, M, N: tl.constexpr, LS: tl.constexpr, RS: tl.constexpr,
+    UNIT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Sums [n, m] times row scales, with bias and activation, to part pk of y [SPLIT, m, n].
+
+    LS, RS: 0 no row scale, 1 one for all, 2 one a row.
+    """
+    row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
+    acc = acc * UNIT
+    if RS == 1:
+        acc = acc * tl.load(rs_ptr)
+    elif RS == 2:
+        acc = acc * tl.load(rs_ptr + row_n)
+    y = tl.trans(acc)
+    if LS == 1:
+        y = y * tl.load(ls_ptr)
+    elif LS == 2:
+        y = y * tl.load(ls_ptr + row_m)
+    if BIAS:
+        y = y + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
+    y = activated(y, ACTIVATION)
+    o = o_ptr + (pk.to(tl.int64) * M + rm.to(tl.int64)[:, None]) * N + rn[None, :]
+    tl.store(o, y.to(o_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+
+
+@triton.jit
 def product(
     x_ptr, xs_ptr, w_ptr, ws_ptr, ls_ptr, rs_ptr, b_ptr, M, o_ptr,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -157,17 +197,10 @@ def product(
 
     x: floats, or codes one a byte. OUTSIDE: block scales multiply the sums of a block (BK must divide it) and not the
     values. HALVES: x is cut into even and odd columns, else the two nibbles of a weight are interleaved.
-    FP8: the codes of both are multiplied as they are. LS, RS: 0 no row scale, 1 one for all, 2 one a row.
+    FP8: the codes of both are multiplied as they are. LS, RS: see `finish_tile`.
     """
-    tiles_n: tl.constexpr = (N + BN - 1) // BN
-    tiles_m = tl.cdiv(M, BM)
-    pid, pk = tl.program_id(0), tl.program_id(1)
-    # neighbours read GROUP tiles of weights again and again before going on: they stay in L2
-    group = pid // (GROUP * tiles_m)
-    wide = tl.minimum(tiles_n - group * GROUP, GROUP)
-    pn = group * GROUP + (pid % (GROUP * tiles_m)) % wide
-    pm = (pid % (GROUP * tiles_m)) // wide
-
+    pn, pm = tile_of(M, N, BM, BN, GROUP)
+    pk = tl.program_id(1)
     rn, rm = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
     row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
     KW: tl.constexpr = (K * BITS + 7) // 8
@@ -220,21 +253,7 @@ def product(
         else:
             acc = base
 
-    acc = acc * UNIT
-    if RS == 1:
-        acc = acc * tl.load(rs_ptr)
-    elif RS == 2:
-        acc = acc * tl.load(rs_ptr + row_n)
-    y = tl.trans(acc)
-    if LS == 1:
-        y = y * tl.load(ls_ptr)
-    elif LS == 2:
-        y = y * tl.load(ls_ptr + row_m)
-    if BIAS:
-        y = y + tl.load(b_ptr + tl.minimum(rn, N - 1)).to(tl.float32)[None, :]
-    y = activated(y, ACTIVATION)
-    o = o_ptr + (pk.to(tl.int64) * M + rm.to(tl.int64)[:, None]) * N + rn[None, :]
-    tl.store(o, y.to(o_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
+    finish_tile(acc, ls_ptr, rs_ptr, b_ptr, o_ptr, rn, rm, pk, M, N, LS, RS, UNIT, BIAS, ACTIVATION)
 
 
 @triton.jit
@@ -348,13 +367,7 @@ def scaled(
 
     X_TILED, TILED: scales of x, of w come in tiles of 128x4, padded with zeros.
     """
-    tiles_n: tl.constexpr = (N + BN - 1) // BN
-    tiles_m = tl.cdiv(M, BM)
-    pid = tl.program_id(0)
-    group = pid // (GROUP * tiles_m)
-    wide = tl.minimum(tiles_n - group * GROUP, GROUP)
-    pn = group * GROUP + (pid % (GROUP * tiles_m)) % wide
-    pm = (pid % (GROUP * tiles_m)) // wide
+    pn, pm = tile_of(M, N, BM, BN, GROUP)
     rn, rm = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
     row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
     KW: tl.constexpr = K * BITS // 8

@@ -19,7 +19,7 @@ from jax import lax
 from . import _tiles, decode, triton_call, triton_scaled
 from ._device import capability, here, platform
 from ._gradient import straight_through
-from ._operands import by_row, finish, fits_bf16, row_scale
+from ._operands import by_row, finish, fits_bf16, left, row_scale
 from ._tiles import Tile
 from ._types import Kernel, Operand, Packed, Shapes, as_is
 from .epilogue import NOTHING, Epilogue
@@ -188,6 +188,8 @@ def dot_launch(
     x, w = _side(lhs, lhs_spec, m, k), _side(rhs, rhs_spec, n, k)
     bits, fp8 = decode.CODINGS[rhs_spec.element].bits, kernel == "triton_fp8_block"
     tile = tile or _tiles.find(kernel, bits, 8 * x.data.dtype.itemsize, shapes, number)
+    if reads_words(lhs_spec, rhs_spec, k, tile.bk, number):
+        return _words_launch(lhs, rhs, lhs_spec, rhs_spec, shapes, out_dtype, tile, epilogue)
     bk = min([tile.bk, *(_block(s) for s in (lhs_spec, rhs_spec) if _outside(s))])
     tiles = -(-n // tile.bn) * -(-m // tile.bm)
     split = _split(tile, tiles, k, bk)
@@ -204,8 +206,65 @@ def dot_launch(
     operands = (x.data, x.scale, w.data, w.scale, _flat(x.row), _flat(w.row), _flat(inside.bias), m)
     out = jax.ShapeDtypeStruct((m, n) if whole else (split, m, n), out_dtype if whole else jnp.float32)
     launch = Launch("product", operands, out, (tiles, split), constants, tile.warps, tile.stages)
-    # parts of k are added in one order, whichever is done first; XLA fuses this with what reads it
-    return launch, (lambda y: y) if whole else lambda y: finish(jnp.sum(y, axis=0), x.row, w.row, out_dtype, epilogue)
+    after = functools.partial(_added, left_scale=x.row, right_scale=w.row, out_dtype=out_dtype, epilogue=epilogue)
+    return launch, (lambda y: y) if whole else after
+
+
+def reads_words(lhs: Operand, rhs: Operand, k: int, bk: int, capability: int) -> bool:
+    """Whether `triton_words.words` multiplies these: 4-bit codes, x floats or exact as bfloat16, and whole words.
+
+    On Hopper: for sm_100 Triton 3.9 fails to compile some of its tiles, and for sm_120 some spill.
+    """
+    inside = not by_row(rhs) and not _outside(rhs) and rhs.scale is not None
+    return (
+        _tiles.family(capability) == _tiles.CAPABILITIES[0]
+        and decode.CODINGS[rhs.element].bits == 4
+        and not (inside and rhs.element != "e2m1")
+        and (lhs.element == "float" or fits_bf16(lhs))
+        and k % 8 == 0
+        and min(bk, _block(rhs) if _outside(rhs) else bk) >= 64
+    )
+
+
+def _words_launch(
+    lhs, rhs: Packed, lhs_spec: Operand, rhs_spec: Operand, shapes: Shapes, out_dtype, tile: Tile, epilogue: Epilogue
+):
+    """As `dot_launch`, of `triton_words.words`. Codes of the left operand become bfloat16 before, in XLA."""
+    m, n, k, _ = shapes
+    x, left_scale = (lhs, None) if not isinstance(lhs, Packed) else left(lhs, lhs_spec, k)
+    x = x.astype(jnp.bfloat16) if isinstance(lhs, Packed) else _side(x, lhs_spec, m, k).data
+    w = _side(rhs, rhs_spec, n, k)
+    bk = min(tile.bk, _block(rhs_spec)) if _outside(rhs_spec) else tile.bk
+    tiles = -(-n // tile.bn) * -(-m // tile.bm)
+    split = _split(tile, tiles, k, bk)
+    whole, inside = split == 1, epilogue if split == 1 else NOTHING
+    parts, planes = PARTS[x.dtype.name], tile.bm > SKINNY_ROWS
+    x = in_planes(x) if planes else x
+    constants = {
+        "N": n, "K": k, "BM": tile.bm, "BN": tile.bn, "BK": bk, "SPLIT": split, "GROUP": tile.group,
+        "PARTS": parts, "PLANE": x.shape[2] if planes else 0, "ELEMENT": rhs_spec.element,
+        "SCALE": w.kind, "BLOCK": w.per[1], "BLOCK_ROWS": w.per[0], "OUTSIDE": _outside(rhs_spec),
+        "LS": _mode(left_scale) if whole else 0, "RS": _mode(w.row) if whole else 0, "UNIT": _unit(rhs_spec),
+        "WIDE": False, "BIAS": inside.bias is not None, "ACTIVATION": inside.activation or "none",
+    }  # fmt: skip
+    operands = (x, w.data, w.scale, _flat(left_scale), _flat(w.row), _flat(inside.bias), m)
+    out = jax.ShapeDtypeStruct((m, n) if whole else (split, m, n), out_dtype if whole else jnp.float32)
+    launch = Launch("words", operands, out, (tiles, split), constants, tile.warps, tile.stages)
+    after = functools.partial(_added, left_scale=left_scale, right_scale=w.row, out_dtype=out_dtype, epilogue=epilogue)
+    return launch, (lambda y: y) if whole else after
+
+
+def _added(parts: jax.Array, **rest: Any) -> jax.Array:
+    """Parts of k are added in one order, whichever is done first; XLA fuses this with what reads it."""
+    return finish(jnp.sum(parts, axis=0), **rest)
+
+
+def in_planes(x: jax.Array) -> jax.Array:
+    """x [m, k] -> [m, 4, ceil(k / 64) 16]: plane p has columns 2p and 2p + 1 of each eight, the eights of each eight of
+    them in the order 0, 2, 4, 6, 1, 3, 5, 7; as `triton_words` reads weights. Zeros behind column k."""
+    m, k = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -k % 64)))
+    return x.reshape(m, -1, 4, 2, 4, 2).transpose(0, 4, 1, 3, 2, 5).reshape(m, 4, -1)
 
 
 def _split(tile: Tile, tiles: int, k: int, bk: int) -> int:

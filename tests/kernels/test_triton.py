@@ -4,17 +4,21 @@ All but the first part needs the packages of `make cuda`.
 """
 
 import functools
+import importlib
 import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
 import jqopt
 import jqopt_kernels as kernels
 from jqopt_kernels import Operand, Shapes
+from tests.kernels import ptx
 from tests.kernels import triton_tools as tools
-from tests.kernels.cases import FLOAT, OPERANDS, PAIRS
+from tests.kernels.cases import FLOAT, ML_DTYPES, OPERANDS, PAIRS, decode
 from tests.kernels.lowering import for_cuda
 from tests.kernels.triton_aot import cuda_folder
 
@@ -95,6 +99,41 @@ def test_mixed_formats_in_the_interpreter():
     }
     jobs = [{"kernel": name, "pair": pair, "shape": (5, 70, 135)} for pair, name in mixed.items()]
     assert all(found["bound"] <= 1 and found["relative"] <= 1e-5 for found in interpreted(jobs))
+
+
+# what each assembly reads (a scale's format), and the power of two that its values leave out
+ASSEMBLIES = {
+    "E2M1_SCALED": ("e2m1", "e4m3", 8),
+    "E2M1_POWER": ("e2m1", "e8m0", 0),
+    "E2M1_PLAIN": ("e2m1", None, 14),
+    "INT4": ("int4", None, 0),
+    "UINT4": ("uint4", None, 0),
+}
+
+
+@cuda
+@pytest.mark.parametrize("name", ASSEMBLIES)
+def test_the_assembly_decodes_every_code_in_every_place(name):
+    """Its text, run by the manual's rules: each code in each of eight places, beside random ones, with each scale."""
+    element, scale, left_out = ASSEMBLIES[name]
+    triton_words = importlib.import_module("jqopt_kernels.triton_words")
+    codes = np.random.default_rng(0).integers(0, 16, (8, 16, 256, 8))  # place, code, scale
+    for place in range(8):
+        codes[place, :, :, place] = np.arange(16)[:, None]
+    codes = codes.reshape(-1, 8)
+    word = np.zeros(len(codes), np.uint32)
+    for i in range(8):
+        word |= codes[:, i].astype(np.uint32) << np.uint32(4 * i)
+    inputs, factor = {"$8": word}, np.ones(len(codes))
+    if scale is not None:
+        factor = np.tile(np.arange(256, dtype=np.uint8), 8 * 16).view(ML_DTYPES[scale]).astype(np.float64)
+        inputs["$9"] = (factor * (2.0**118 if scale == "e4m3" else 1.0)).astype(np.float32)
+    found = ptx.run(getattr(triton_words, name).value, inputs)
+    for i in range(8):
+        want = decode(codes[:, i].astype(np.uint8), element) * factor * 2.0**-left_out
+        got = found[f"${i}"].view(ml_dtypes.bfloat16).astype(np.float64)
+        want = np.where(np.abs(want) > 3.39e38, np.copysign(np.inf, want), want)  # 6 x 2^127
+        np.testing.assert_array_equal(got, want)
 
 
 @cuda

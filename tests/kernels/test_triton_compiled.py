@@ -139,7 +139,8 @@ def test_offsets_beyond_int32(name, lhs, rhs, m):
     launch = tools.launch(name, tools.MORE[lhs], tools.MORE[rhs], Shapes(m, n, k), capability, prepare=False)
     ttir = tools.compiled(launch, capability).ttir
     spec = tools.MORE[rhs]
-    lengths = {"weight": k * tools.BITS[spec.element] // 8} | ({} if name == "triton_gemv" else {"result": n})
+    width = k // 8 if launch.kernel == "words" else k * tools.BITS[spec.element] // 8  # of a row, in words or bytes
+    lengths = {"weight": width} | ({} if name == "triton_gemv" else {"result": n})
     if spec.granularity == "block":
         lengths["scales"] = k // (spec.block[1] if isinstance(spec.block, tuple) else spec.block)
     if name == "triton_scaled":

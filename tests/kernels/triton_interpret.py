@@ -71,12 +71,12 @@ def read_scales_by_their_type() -> None:
 
 def interpret(launch) -> np.ndarray:
     """What a launch writes; what it doesn't write is NaN."""
-    from jqopt_kernels import triton_code
+    from jqopt_kernels import triton_call
 
     out = np.full(launch.out.shape, np.nan, launch.out.dtype)
     operands = [o if isinstance(o, int) else Array(np.array(o)) for o in launch.operands]
     constants = launch.constants | ({"WIDE": True} if "WIDE" in launch.constants else {})
-    getattr(triton_code, launch.kernel)[launch.grid](*operands, Array(out), **constants)
+    triton_call.source(launch.kernel)[launch.grid](*operands, Array(out), **constants)
     return out
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqopt_kernels import KERNELS, Epilogue, Operand, Packed, Shapes, triton_dot
+from jqopt_kernels import KERNELS, Epilogue, Operand, Packed, Shapes, triton_call, triton_dot
 from jqopt_kernels._tiles import Tile
 from jqopt_kernels.triton_call import Launch
 from tests.kernels.cases import BITS, OPERANDS, scale_shape
@@ -90,7 +90,7 @@ def compiled(one: Launch, capability: int) -> Compiled:
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
-    fn = getattr(importlib.import_module("jqopt_kernels.triton_code"), one.kernel)
+    fn = triton_call.source(one.kernel)
     types = ["i32" if isinstance(o, int) else POINTERS[np.dtype(o.dtype).name] for o in (*one.operands, one.out)]
     runtime = [name for name in fn.arg_names if name not in one.constants]
     signature = dict.fromkeys(one.constants, "constexpr") | dict(zip(runtime, types, strict=True))
