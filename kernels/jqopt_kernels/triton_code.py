@@ -59,10 +59,11 @@ def load_cols(rows, cols, LIMIT: tl.constexpr, STEP: tl.constexpr):
 def block_scales(rows, k, K: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr):
     """Stored scales or zero points [r, BK / SUB] of the columns k ... k + BK, one for each SUB of them."""
     first = k + tl.arange(0, BK // SUB) * SUB
-    i = first // BLOCK
-    if SUB == BLOCK:  # a spelling in which Triton sees that they lie side by side
-        i = k // BLOCK + tl.arange(0, BK // SUB)
-    return tl.load(rows + i[None, :]) if K % BK == 0 else tl.load(rows + i[None, :], mask=first[None, :] < K, other=0)
+    if K % BK == 0:
+        v = tl.load(rows + (first // BLOCK)[None, :])
+    else:
+        v = tl.load(rows + (first // BLOCK)[None, :], mask=first[None, :] < K, other=0)
+    return v
 
 
 @triton.jit

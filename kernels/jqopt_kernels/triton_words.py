@@ -13,7 +13,7 @@ run the assembly's text by the PTX manual's rules (`tests/kernels/ptx.py`).
 import triton
 import triton.language as tl
 
-from .triton_code import block_scales, dot_parts, finish_tile, load_cols, scale_float, spread, tile_of, values
+from .triton_code import dot_parts, finish_tile, load_cols, scale_float, spread, tile_of, values
 
 
 def _assembly(scaled: int, each: list[str], *before: str) -> str:
@@ -161,7 +161,8 @@ def words(
         q = turned(load_cols(w_rows, k // 8 + tl.arange(0, CW), KW, CW), BN, CW)
         s = q
         if IN != "none":
-            s = block_scales(ws_rows, k, K, BK, BLOCK, SUB)
+            # unlike `block_scales`, a spelling in which Triton sees that they lie side by side, and copies them ahead
+            s = load_cols(ws_rows, k // BLOCK + tl.arange(0, BK // SUB), (K + BLOCK - 1) // BLOCK, BK // SUB)
         v0, v1, v2, v3, v4, v5, v6, v7 = word_values(q, s, BN, CW, BK // SUB, ELEMENT, IN, WIDE)
         cols = k // BK * STEP + first
         base = tl.zeros((BN, BM), tl.float32) if OUTSIDE else acc
