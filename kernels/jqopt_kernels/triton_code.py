@@ -36,10 +36,9 @@ def scale_float(s, KIND: tl.constexpr):
     """Stored scales -> float32."""
     if KIND == "e4m3":
         v = s.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif KIND == "e8m0":  # the exponent of a float32; 0 is its subnormal 2^-127, 255 is NaN
-        bits = s.to(tl.int32) << 23
-        bits = tl.where(s == 0, 0x00400000, tl.where(s == 255, 0x7FC00000, bits))
-        v = bits.to(tl.float32, bitcast=True)
+    elif KIND == "e8m0":  # the exponent of a float32; 0 is its subnormal 2^-127, 255 inf, which 0 times inf makes NaN
+        v = tl.maximum(s.to(tl.int32) << 23, 0x00400000).to(tl.float32, bitcast=True)
+        v = tl.fma(v, tl.zeros_like(v), v)
     else:
         v = s.to(tl.float32)
     return v
@@ -58,11 +57,15 @@ def load_cols(rows, cols, LIMIT: tl.constexpr, STEP: tl.constexpr):
 @triton.jit
 def block_scales(rows, k, K: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr):
     """Stored scales or zero points [r, BK / SUB] of the columns k ... k + BK, one for each SUB of them."""
-    first = k + tl.arange(0, BK // SUB) * SUB
-    if K % BK == 0:
-        v = tl.load(rows + (first // BLOCK)[None, :])
+    COUNT: tl.constexpr = BK // SUB
+    if BLOCK == SUB or COUNT == 1:  # a spelling in which Triton sees that they lie side by side, and copies them ahead
+        v = load_cols(rows, k // BLOCK + tl.arange(0, COUNT), (K + BLOCK - 1) // BLOCK, COUNT)
     else:
-        v = tl.load(rows + (first // BLOCK)[None, :], mask=first[None, :] < K, other=0)
+        first = k + tl.arange(0, COUNT) * SUB
+        if K % BK == 0:
+            v = tl.load(rows + (first // BLOCK)[None, :])
+        else:
+            v = tl.load(rows + (first // BLOCK)[None, :], mask=first[None, :] < K, other=0)
     return v
 
 
@@ -98,32 +101,12 @@ def values(q, s, R: tl.constexpr, C: tl.constexpr, COUNT: tl.constexpr, ELEMENT:
 
 
 @triton.jit
-def part(x):
-    """float32 -> (its 8 highest significant bits in bfloat16, the rest in float32); both exact, inf has no rest."""
-    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), tl.where(x == high, 0.0, x - high)
-
-
-@triton.jit
 def dot(w, x, acc, WIDE: tl.constexpr):
     """acc [n, m] + w [n, c] @ x[m, c].T. WIDE: in float32, for Triton's interpreter, whose bfloat16 dot is wrong."""
     if WIDE:
         acc = tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
     else:
         acc = tl.dot(w, tl.trans(x), acc)
-    return acc
-
-
-@triton.jit
-def dot_parts(w, x, acc, PARTS: tl.constexpr, WIDE: tl.constexpr):
-    """`dot` with a float x, cut into PARTS bfloat16 numbers that are exactly x: 1 bfloat16, 2 float16, 3 float32."""
-    if PARTS == 1:
-        acc = dot(w, x.to(tl.bfloat16), acc, WIDE)
-    else:
-        rest = x.to(tl.float32)
-        for _ in tl.static_range(PARTS):
-            high, rest = part(rest)
-            acc = dot(w, high, acc, WIDE)
     return acc
 
 
@@ -192,12 +175,13 @@ def product(
     X_ELEMENT: tl.constexpr, X_SCALE: tl.constexpr, X_BLOCK: tl.constexpr, X_OUTSIDE: tl.constexpr,
     ELEMENT: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     OUTSIDE: tl.constexpr, LS: tl.constexpr, RS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y [SPLIT, m, n] = x [m, k] @ decoded(w [n, k]).T on tensor cores, as w @ x.T: weights stay in registers.
 
-    x: floats, or codes one a byte. OUTSIDE: block scales multiply the sums of a block (BK must divide it) and not the
-    values. HALVES: x is cut into even and odd columns, else the two nibbles of a weight are interleaved.
+    x: bfloat16 [m, PARTS, k], to be added up, or codes one a byte. OUTSIDE: block scales multiply the sums of a block
+    (BK must divide it) and not the values. HALVES: x is cut into even and odd columns, else the two nibbles of a weight
+    are interleaved.
     FP8: the codes of both are multiplied as they are. LS, RS: see `finish_tile`.
     """
     pn, pm = tile_of(M, N, BM, BN, GROUP)
@@ -206,7 +190,10 @@ def product(
     row_n, row_m = tl.minimum(rn, N - 1).to(tl.int64)[:, None], tl.minimum(rm, M - 1).to(tl.int64)[:, None]
     KW: tl.constexpr = (K * BITS + 7) // 8
     CW: tl.constexpr = BK * BITS // 8
-    w_rows, x_rows = w_ptr + row_n * KW, x_ptr + row_m * K
+    if FP8:  # so typed they go from shared memory to the tensor cores as they are
+        w_ptr = w_ptr.to(tl.pointer_type(tl.float8e4nv if ELEMENT == "e4m3" else tl.float8e5), bitcast=True)
+        x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4nv if X_ELEMENT == "e4m3" else tl.float8e5), bitcast=True)
+    w_rows, x_rows = w_ptr + row_n * KW, x_ptr + row_m * (PARTS * K)
     ws_rows = ws_ptr + (row_n // BLOCK_ROWS) * ((K + BLOCK - 1) // BLOCK)
     xs_rows = xs_ptr + row_m * ((K + X_BLOCK - 1) // X_BLOCK)
     SUB: tl.constexpr = BLOCK if BLOCK < BK else BK
@@ -214,41 +201,48 @@ def product(
     IN: tl.constexpr = "none" if OUTSIDE else SCALE
     X_IN: tl.constexpr = "none" if X_OUTSIDE else X_SCALE
 
+    # one scale for all rows of this tile's weights: it multiplies the activation's scales, not every sum
+    ONE: tl.constexpr = OUTSIDE and X_OUTSIDE and BLOCK_ROWS % BN == 0
+    ws_one = ws_ptr + (pn * BN // BLOCK_ROWS).to(tl.int64) * ((K + BLOCK - 1) // BLOCK) + tl.zeros_like(row_m)
+
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
     start = pk * STEPS * BK
-    for k in range(start, tl.minimum(start + STEPS * BK, K), BK):
+    for k in tl.range(start, tl.minimum(start + STEPS * BK, K), BK, num_stages=STAGES):
         q = load_cols(w_rows, k // (8 // BITS) + tl.arange(0, CW), KW, CW)
-        x = load_cols(x_rows, k + tl.arange(0, BK), K, BK)
         base = tl.zeros((BN, BM), tl.float32) if OUTSIDE or X_OUTSIDE else acc
         if FP8:
-            w8 = q.to(tl.float8e4nv, bitcast=True) if ELEMENT == "e4m3" else q.to(tl.float8e5, bitcast=True)
-            x8 = x.to(tl.float8e4nv, bitcast=True) if X_ELEMENT == "e4m3" else x.to(tl.float8e5, bitcast=True)
-            base = dot(w8, x8, base, WIDE)
+            base = dot(q, load_cols(x_rows, k + tl.arange(0, BK), K, BK), base, WIDE)
         else:
             s = q
             if IN != "none":
                 s = block_scales(ws_rows, k, K, BK, BLOCK, SUB)
-            if X_ELEMENT != "float":
-                xs = x
-                if X_IN != "none":
-                    xs = block_scales(xs_rows, k, K, BK, X_BLOCK, X_SUB)
-                x = values(x, xs, BM, BK, BK // X_SUB, X_ELEMENT, X_IN)
-            if BITS == 8:
-                base = dot_parts(values(q, s, BN, BK, BK // SUB, ELEMENT, IN), x, base, PARTS, WIDE)
-            else:
-                low = values(q, s, BN, CW, BK // SUB, ELEMENT, IN)
+            low = values(q, s, BN, CW, BK // SUB, ELEMENT, IN)
+            high = low
+            if BITS == 4:
                 high = values(q >> 4, s, BN, CW, BK // SUB, ELEMENT, IN)
-                if HALVES:
+            for i in tl.static_range(PARTS):
+                x = load_cols(x_rows + i * K, k + tl.arange(0, BK), K, BK)
+                if X_ELEMENT != "float":
+                    xs = x
+                    if X_IN != "none":
+                        xs = block_scales(xs_rows, k, K, BK, X_BLOCK, X_SUB)
+                    x = values(x, xs, BM, BK, BK // X_SUB, X_ELEMENT, X_IN)
+                if BITS == 8:
+                    base = dot(low, x, base, WIDE)
+                elif HALVES:
                     even, odd = tl.split(tl.reshape(x, (BM, CW, 2)))
-                    base = dot_parts(low, even, base, PARTS, WIDE)
-                    base = dot_parts(high, odd, base, PARTS, WIDE)
+                    base = dot(low, even, base, WIDE)
+                    base = dot(high, odd, base, WIDE)
                 else:
-                    base = dot_parts(tl.interleave(low, high), x, base, PARTS, WIDE)
-        if OUTSIDE:
+                    base = dot(tl.interleave(low, high), x, base, WIDE)
+        if OUTSIDE and not ONE:
             base = base * scale_float(tl.load(ws_rows + k // BLOCK), SCALE)
         if X_OUTSIDE:
-            base = base * tl.trans(scale_float(tl.load(xs_rows + k // X_BLOCK), X_SCALE))
+            xs = scale_float(tl.load(xs_rows + k // X_BLOCK), X_SCALE)
+            if ONE:
+                xs = xs * scale_float(tl.load(ws_one + k // BLOCK), SCALE)
+            base = base * tl.trans(xs)
         if OUTSIDE or X_OUTSIDE:
             acc += base
         else:

@@ -188,9 +188,10 @@ def dot_launch(
     x, w = _side(lhs, lhs_spec, m, k), _side(rhs, rhs_spec, n, k)
     bits, fp8 = decode.CODINGS[rhs_spec.element].bits, kernel == "triton_fp8_block"
     tile = tile or _tiles.find(kernel, bits, 8 * x.data.dtype.itemsize, shapes, number)
-    if reads_words(lhs_spec, rhs_spec, k, tile.bk, number):
+    if reads_words(lhs_spec, rhs_spec, k, tile, number):
         return _words_launch(lhs, rhs, lhs_spec, rhs_spec, shapes, out_dtype, tile, epilogue)
     bk = min([tile.bk, *(_block(s) for s in (lhs_spec, rhs_spec) if _outside(s))])
+    data = x.data if isinstance(lhs, Packed) else in_parts(x.data)
     tiles = -(-n // tile.bn) * -(-m // tile.bm)
     split = _split(tile, tiles, k, bk)
     whole, inside = split == 1, epilogue if split == 1 else NOTHING
@@ -201,28 +202,29 @@ def dot_launch(
         "ELEMENT": rhs_spec.element, "SCALE": w.kind, "BLOCK_ROWS": w.per[0], "BLOCK": w.per[1],
         "OUTSIDE": _outside(rhs_spec), "UNIT": 1.0 if fp8 else _unit(lhs_spec) * _unit(rhs_spec), "WIDE": False,
         "LS": _mode(x.row) if whole else 0, "RS": _mode(w.row) if whole else 0,
-        "BIAS": inside.bias is not None, "ACTIVATION": inside.activation or "none",
+        "STAGES": tile.stages, "BIAS": inside.bias is not None, "ACTIVATION": inside.activation or "none",
     }  # fmt: skip
-    operands = (x.data, x.scale, w.data, w.scale, _flat(x.row), _flat(w.row), _flat(inside.bias), m)
+    operands = (data, x.scale, w.data, w.scale, _flat(x.row), _flat(w.row), _flat(inside.bias), m)
     out = jax.ShapeDtypeStruct((m, n) if whole else (split, m, n), out_dtype if whole else jnp.float32)
     launch = Launch("product", operands, out, (tiles, split), constants, tile.warps, tile.stages)
     after = functools.partial(_added, left_scale=x.row, right_scale=w.row, out_dtype=out_dtype, epilogue=epilogue)
     return launch, (lambda y: y) if whole else after
 
 
-def reads_words(lhs: Operand, rhs: Operand, k: int, bk: int, capability: int) -> bool:
+def reads_words(lhs: Operand, rhs: Operand, k: int, tile: Tile, capability: int) -> bool:
     """Whether `triton_words.words` multiplies these: 4-bit codes, x floats or exact as bfloat16, and whole words.
 
-    On Hopper: for sm_100 Triton 3.9 fails to compile some of its tiles, and for sm_120 some spill.
+    For sm_100 with fewer than four warps, for which Triton takes `mma.sync`: four give the weights to the tensor cores
+    by way of their own memory, and there Triton 3.9 fails to compile some tiles.
     """
     inside = not by_row(rhs) and not _outside(rhs) and rhs.scale is not None
     return (
-        _tiles.family(capability) == _tiles.CAPABILITIES[0]
+        (_tiles.family(capability) != 100 or tile.warps < 4)
         and decode.CODINGS[rhs.element].bits == 4
         and not (inside and rhs.element != "e2m1")
         and (lhs.element == "float" or fits_bf16(lhs))
         and k % 8 == 0
-        and min(bk, _block(rhs) if _outside(rhs) else bk) >= 64
+        and min(tile.bk, _block(rhs) if _outside(rhs) else tile.bk) >= 64
     )
 
 
@@ -238,14 +240,16 @@ def _words_launch(
     tiles = -(-n // tile.bn) * -(-m // tile.bm)
     split = _split(tile, tiles, k, bk)
     whole, inside = split == 1, epilogue if split == 1 else NOTHING
-    parts, planes = PARTS[x.dtype.name], tile.bm > SKINNY_ROWS
-    x = in_planes(x) if planes else x
+    parts = in_parts(x)
+    planes = tile.bm > SKINNY_ROWS
+    x = in_planes(parts) if planes else parts
     constants = {
         "N": n, "K": k, "BM": tile.bm, "BN": tile.bn, "BK": bk, "SPLIT": split, "GROUP": tile.group,
-        "PARTS": parts, "PLANE": x.shape[2] if planes else 0, "ELEMENT": rhs_spec.element,
+        "PARTS": parts.shape[1], "PLANE": x.shape[3] if planes else 0, "ELEMENT": rhs_spec.element,
         "SCALE": w.kind, "BLOCK": w.per[1], "BLOCK_ROWS": w.per[0], "OUTSIDE": _outside(rhs_spec),
         "LS": _mode(left_scale) if whole else 0, "RS": _mode(w.row) if whole else 0, "UNIT": _unit(rhs_spec),
-        "WIDE": False, "BIAS": inside.bias is not None, "ACTIVATION": inside.activation or "none",
+        "WIDE": False, "STAGES": tile.stages, "BIAS": inside.bias is not None,
+        "ACTIVATION": inside.activation or "none",
     }  # fmt: skip
     operands = (x, w.data, w.scale, _flat(left_scale), _flat(w.row), _flat(inside.bias), m)
     out = jax.ShapeDtypeStruct((m, n) if whole else (split, m, n), out_dtype if whole else jnp.float32)
@@ -259,12 +263,28 @@ def _added(parts: jax.Array, **rest: Any) -> jax.Array:
     return finish(jnp.sum(parts, axis=0), **rest)
 
 
+def in_parts(x: jax.Array) -> jax.Array:
+    """Floats [m, k] -> [m, PARTS, k] bfloat16 that add up to x exactly; of inf the first is inf and the rest 0."""
+    parts, rest = [], x.astype(jnp.float32)
+    for _ in range(PARTS[x.dtype.name] - 1):  # eight significant bits each
+        bits = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(high)
+        rest = jnp.where(rest == high, 0.0, rest - high)
+    return jnp.stack([*parts, rest], axis=1).astype(jnp.bfloat16)
+
+
 def in_planes(x: jax.Array) -> jax.Array:
-    """x [m, k] -> [m, 4, ceil(k / 64) 16]: plane p has columns 2p and 2p + 1 of each eight, the eights of each eight of
-    them in the order 0, 2, 4, 6, 1, 3, 5, 7; as `triton_words` reads weights. Zeros behind column k."""
-    m, k = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -k % 64)))
-    return x.reshape(m, -1, 4, 2, 4, 2).transpose(0, 4, 1, 3, 2, 5).reshape(m, 4, -1)
+    """x [..., k] -> [..., 4, ceil(k / 64) 16], in the order in which `triton_words` reads weights.
+
+    Plane p has columns 2p and 2p + 1 of each eight, the eights of each eight of them as 0, 2, 4, 6, 1, 3, 5, 7. Zeros
+    behind column k.
+    """
+    lead = x.ndim - 1
+    x = jnp.pad(x, [(0, 0)] * lead + [(0, -x.shape[-1] % 64)])
+    x = x.reshape(*x.shape[:-1], -1, 4, 2, 4, 2)
+    order = (*range(lead), *(lead + i for i in (3, 0, 2, 1, 4)))
+    return x.transpose(order).reshape(*x.shape[:lead], 4, -1)
 
 
 def _split(tile: Tile, tiles: int, k: int, bk: int) -> int:

@@ -13,7 +13,7 @@ run the assembly's text by the PTX manual's rules (`tests/kernels/ptx.py`).
 import triton
 import triton.language as tl
 
-from .triton_code import dot_parts, finish_tile, load_cols, scale_float, spread, tile_of, values
+from .triton_code import block_scales, dot, finish_tile, load_cols, scale_float, spread, tile_of, values
 
 
 def _assembly(scaled: int, each: list[str], *before: str) -> str:
@@ -105,14 +105,20 @@ def word_values(
 @triton.jit
 def plane_dot(
     low, high, x_rows, cols, live, acc, LIMIT: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """acc + one plane of the weights, its even and its odd columns, times these columns of x; rows not live are 0."""
-    if LIMIT % STEP == 0:
-        x = tl.load(x_rows + cols[None, :], mask=live, other=0.0)
-    else:
-        x = tl.load(x_rows + cols[None, :], mask=live & (cols < LIMIT)[None, :], other=0.0)
-    return dot_parts(tl.interleave(low, high), x, acc, PARTS, WIDE)
+    """acc + one plane of the weights, its even and its odd columns, times these columns of x; rows not live are 0.
+
+    x is the sum of PARTS arrays, PART columns apart.
+    """
+    w = tl.interleave(low, high)
+    for i in tl.static_range(PARTS):
+        if LIMIT % STEP == 0:
+            x = tl.load(x_rows + (i * PART + cols)[None, :], mask=live, other=0.0)
+        else:
+            x = tl.load(x_rows + (i * PART + cols)[None, :], mask=live & (cols < LIMIT)[None, :], other=0.0)
+        acc = dot(w, x, acc, WIDE)
+    return acc
 
 
 @triton.jit
@@ -121,11 +127,12 @@ def words(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, PLANE: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, OUTSIDE: tl.constexpr, LS: tl.constexpr, RS: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """`triton_code.product` for floats x and 4-bit weights, k a multiple of 8 and BK of 64.
+    """`triton_code.product` for bfloat16 x and 4-bit weights, k a multiple of 8 and BK of 64.
 
-    PLANE: 0 where x is [m, k], else the columns of a plane of x [m, 4, PLANE], in the order of `triton_dot.in_planes`.
+    x: [m, PARTS, k], to be added up. PLANE: 0, or the columns of a plane of x [m, PARTS, 4, PLANE], in the order of
+    `triton_dot.in_planes`.
     """
     pn, pm = tile_of(M, N, BM, BN, GROUP)
     pk = tl.program_id(1)
@@ -143,13 +150,15 @@ def words(
     if PLANE == 0:
         word = i // 16 * 8 + i // 2 % 4 * 2 + i // 8 % 2  # as `turned` puts them
         first = tl.max_contiguous(tl.multiple_of(8 * word + i % 2, 2), 2)
-        x_rows = x_ptr + rm.to(tl.int64)[:, None] * K
+        x_rows = x_ptr + rm.to(tl.int64)[:, None] * (PARTS * K)
+        PART: tl.constexpr = K
         STEP: tl.constexpr = BK
         LIMIT: tl.constexpr = K
         NEXT: tl.constexpr = 2
     else:
         first = i
-        x_rows = x_ptr + rm.to(tl.int64)[:, None] * (4 * PLANE)
+        x_rows = x_ptr + rm.to(tl.int64)[:, None] * (PARTS * 4 * PLANE)
+        PART: tl.constexpr = 4 * PLANE
         STEP: tl.constexpr = BK // 4
         LIMIT: tl.constexpr = PLANE
         NEXT: tl.constexpr = PLANE
@@ -157,19 +166,18 @@ def words(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
     start = pk * STEPS * BK
-    for k in range(start, tl.minimum(start + STEPS * BK, K), BK):
+    for k in tl.range(start, tl.minimum(start + STEPS * BK, K), BK, num_stages=STAGES):
         q = turned(load_cols(w_rows, k // 8 + tl.arange(0, CW), KW, CW), BN, CW)
         s = q
         if IN != "none":
-            # unlike `block_scales`, a spelling in which Triton sees that they lie side by side, and copies them ahead
-            s = load_cols(ws_rows, k // BLOCK + tl.arange(0, BK // SUB), (K + BLOCK - 1) // BLOCK, BK // SUB)
+            s = block_scales(ws_rows, k, K, BK, BLOCK, SUB)
         v0, v1, v2, v3, v4, v5, v6, v7 = word_values(q, s, BN, CW, BK // SUB, ELEMENT, IN, WIDE)
         cols = k // BK * STEP + first
         base = tl.zeros((BN, BM), tl.float32) if OUTSIDE else acc
-        base = plane_dot(v0, v1, x_rows, cols, live, base, LIMIT, STEP, PARTS, WIDE)
-        base = plane_dot(v2, v3, x_rows + NEXT, cols, live, base, LIMIT, STEP, PARTS, WIDE)
-        base = plane_dot(v4, v5, x_rows + 2 * NEXT, cols, live, base, LIMIT, STEP, PARTS, WIDE)
-        base = plane_dot(v6, v7, x_rows + 3 * NEXT, cols, live, base, LIMIT, STEP, PARTS, WIDE)
+        base = plane_dot(v0, v1, x_rows, cols, live, base, LIMIT, STEP, PARTS, PART, WIDE)
+        base = plane_dot(v2, v3, x_rows + NEXT, cols, live, base, LIMIT, STEP, PARTS, PART, WIDE)
+        base = plane_dot(v4, v5, x_rows + 2 * NEXT, cols, live, base, LIMIT, STEP, PARTS, PART, WIDE)
+        base = plane_dot(v6, v7, x_rows + 3 * NEXT, cols, live, base, LIMIT, STEP, PARTS, PART, WIDE)
         if OUTSIDE:
             acc += base * scale_float(tl.load(ws_rows + k // BLOCK), SCALE)
         else:

@@ -35,7 +35,7 @@ MOST_COPIES, REPEATS = 64, 5
 # about 14 bits of a sum, and lose 2e-3 in one of 4096 products (docs/kernels.md).
 CLOSE, CLOSE_FP8 = 1e-4, 5e-3
 LIMITS = {
-    "bn": (1, 256), "bk": (32, 2048), "bm": (16, 256), "warps": (2, 8), "stages": (1, 6), "split": (1, 32),
+    "bn": (1, 256), "bk": (32, 2048), "bm": (8, 256), "warps": (1, 8), "stages": (1, 6), "split": (1, 32),
     "group": (1, 64),
 }  # fmt: skip
 UNUSED = {  # numbers that a kernel does not read

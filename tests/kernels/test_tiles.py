@@ -1,8 +1,10 @@
-"""Tiles of the Triton kernels: which file wins, what is refused without Triton or a GPU, and how the search moves."""
+"""What of the Triton kernels needs no Triton: tiles (which file wins, how the search moves), refusals, parts of x."""
 
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jqopt_kernels as kernels
@@ -90,6 +92,17 @@ def test_numbers_that_a_kernel_does_not_read_are_not_searched():
     moved = {f for tile in tune.neighbours(start, tune.UNUSED["triton_gemv"]) for f in Tile._fields
              if getattr(tile, f) != getattr(start, f)}  # fmt: skip
     assert moved == {"bn", "bk", "warps", "stages"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_parts_of_activations_add_up_exactly(dtype):
+    """Under jit, which must not simplify the differences away."""
+    rng = np.random.default_rng(0)
+    values = np.exp2(rng.uniform(-14, 15, (3, 999))) * rng.choice([-1, 1], (3, 999))
+    x = jnp.asarray(values, dtype).at[0, :4].set(jnp.asarray([0, jnp.inf, -jnp.inf, jnp.nan], dtype))
+    parts = jax.jit(triton_dot.in_parts)(x)
+    assert parts.dtype == jnp.bfloat16 and parts.shape == (3, {"bfloat16": 1, "float16": 2, "float32": 3}[dtype], 999)
+    np.testing.assert_array_equal(np.asarray(parts, np.float64).sum(1), np.asarray(x, np.float64))
 
 
 @pytest.mark.parametrize("name", commands.FORMATS)

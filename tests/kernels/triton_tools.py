@@ -84,6 +84,17 @@ class Compiled(NamedTuple):
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}", self.sass))
 
+    def loop(self) -> list[str]:
+        """The instructions of the longest loop: from the target of a branch back to that branch."""
+        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;/]+);", self.sass)]
+        texts, index = [text for _, text in lines], {at: i for i, (at, _) in enumerate(lines)}
+        loops = [[]]
+        for i, text in enumerate(texts):
+            back = re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text)
+            if back and (start := index[int(back[1], 16)]) < i:
+                loops.append(texts[start : i + 1])
+        return max(loops, key=len)
+
 
 def compiled(one: Launch, capability: int) -> Compiled:
     """Compiles a launch as jax-triton does: pointers aligned to 16 bytes, nothing known of ints."""
