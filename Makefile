@@ -38,7 +38,7 @@ vllm: $(VLLM)/.ready  ## exports in the CPU build of vLLM, in .venv-vllm; prints
 	@PYTHONPATH=.:kernels $(VLLM)/bin/python -m pytest -q -s -m vllm tests/export
 
 cuda: $(CUDA)/.ready  ## Triton kernels without a GPU: interpreted, compiled and lowered, in .venv-cuda
-	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q -m "cuda and not long" tests/kernels
+	@JAX_PLATFORMS=cpu TRITON_DEFAULT_FP_FUSION=1 $(CUDA)/bin/python -m pytest -n $(WORKERS) -q -m "cuda and not long" tests/kernels
 
 lint: $(READY)  ## format, lint and types, without changing a file
 	@$(BIN)/ruff format --check --quiet .
